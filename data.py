@@ -1,0 +1,566 @@
+"""Data: videos and pictures -> face crops, landmarks, scene vectors; clips -> cached records -> training rows.
+
+    python data.py CLIPS --out cache                                      # a folder of face clips, the demo's autoencoder and CLIP
+    python data.py CLIPS --out cache --autoencoder A.safetensors --clip C.safetensors --size 256
+
+What `sample.py` does to a driving video and a source picture and what training sees of a clip is the same code: `track`
+finds the face in every frame and the one square of the clip, `crop` cuts it, `SceneEncoder` is CLIP.
+"""
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+import sdit
+from sdit import LANDMARKS, UserError
+
+DEMO = Path(__file__).parent / "demo"
+VIDEOS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Video and pictures, in and out
+
+
+def open_video(path):
+    """An open PyAV container with at least one video stream."""
+    if not Path(path).is_file():
+        raise UserError(f"no such file: {path}")
+    try:
+        container = av.open(str(path))
+    except (av.FFmpegError, OSError) as e:
+        raise UserError(f"{path} is not a video that can be read ({e.strerror or e}); re-encode it, for example as H.264 in .mp4") from None
+    if not container.streams.video:
+        container.close()
+        raise UserError(f"{path} has no video stream")
+    container.streams.video[0].thread_type = "AUTO"
+    return container
+
+
+class Video:
+    """A video as a sequence of upright RGB frames at a constant rate. `fps` is a Fraction, `start` the time of its first
+    frame in seconds, `len()` the number of frames.
+
+    A file of constant rate gives its frames one to one. One of variable rate (phones, screen captures) is resampled by
+    true time to its average rate: tick k shows the last frame that began by then."""
+
+    def __init__(self, path):
+        self.path = path
+        with open_video(path) as container:
+            stream = container.streams.video[0]
+            try:
+                times = sorted(p.pts for p in container.demux(stream) if p.pts is not None and not p.is_discard)
+            except av.FFmpegError as e:
+                raise UserError(f"{path} cannot be read to its end ({e.strerror}); re-encode it") from None
+            self.fps = Fraction(stream.average_rate or stream.guessed_rate or 25)
+            times = np.array(times, np.float64) * float(stream.time_base)
+        self.start = times[0] if len(times) else 0.0
+        times = times - self.start
+        self.ticks = None                                                       # None: constant rate
+        if len(times) > 1 and abs(times - np.arange(len(times)) / float(self.fps)).max() > 0.6 / self.fps:
+            self.fps = Fraction((len(times) - 1) / times[-1]).limit_denominator(1001)
+            self.ticks = np.arange(round(times[-1] * self.fps) + 1) / float(self.fps) + 1e-6
+        self.length = len(times) if self.ticks is None else len(self.ticks)
+        if not self.length:
+            raise UserError(f"{path} holds no frames")
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        """Frames (h, w, 3) uint8, rotated upright, one at a time."""
+        count, held = 0, None
+        with open_video(self.path) as container:
+            stream = container.streams.video[0]
+            try:
+                for frame in container.decode(stream):
+                    if self.ticks is None:
+                        count += 1
+                        yield upright(frame)
+                        continue
+                    time = float(frame.pts * stream.time_base) - self.start
+                    while held is not None and count < self.length and self.ticks[count] < time:
+                        count += 1
+                        yield upright(held)
+                    held = frame
+            except av.FFmpegError as e:
+                raise UserError(f"{self.path} cannot be decoded beyond frame {count} ({e.strerror}); re-encode it") from None
+            for _ in range(0 if self.ticks is None else self.length - count):
+                yield upright(held)
+
+
+def upright(frame):
+    """(h, w, 3) uint8 of a decoded frame, turned as its display matrix says, as players do."""
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90 % 4))
+
+
+def read_picture(path):
+    """(h, w, 3) uint8 of a still picture: EXIF rotation applied, transparency over white, 16 bits scaled to 8; None for a
+    file that is not a picture (a video, perhaps)."""
+    if not Path(path).is_file():
+        raise UserError(f"no such file: {path}")
+    try:
+        image = ImageOps.exif_transpose(Image.open(path))
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return None
+    if image.mode.startswith(("I", "F")):                                       # 16-bit grey
+        image = Image.fromarray((np.asarray(image).astype(np.float64) / 256).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "P"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB"))
+
+
+def check_output(path, *inputs):
+    """Refuse an output name that could only fail, or destroy an input, at the end of the work."""
+    if Path(path).suffix.lower() not in {".mp4", ".mov", ".mkv", ".m4v"} or Path(path).is_dir():
+        raise UserError(f"cannot write {path}; name a file that ends in .mp4, .mov or .mkv")
+    if Path(path).exists() and any(Path(other).exists() and os.path.samefile(path, other) for other in inputs):
+        raise UserError(f"--out {path} is also an input; choose another name")
+
+
+class VideoWriter:
+    """Write an H.264 video of exactly the frames given, with the sound of another file.
+
+        with VideoWriter("out.mp4", fps, "comment", sound="driving.mp4") as out:
+            out.write(frame)                                                    # (h, w, 3) uint8, h and w even
+
+    The file appears under its name when all is written; after an exception nothing is left. `span`, seconds (from, to) of
+    the other file, cuts the sound."""
+
+    def __init__(self, path, fps, comment="", sound=None, span=(0.0, float("inf"))):
+        self.path, self.fps, self.comment, self.sound, self.span = Path(path), Fraction(fps), comment, sound, span
+        self.temporary = self.path.with_name(f".{self.path.stem}.{os.getpid()}{self.path.suffix}")
+
+    def __enter__(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.container = av.open(str(self.temporary), "w")
+        except (ValueError, av.FFmpegError, OSError) as e:
+            raise UserError(f"cannot write {self.path} ({e}); name it like out.mp4, in a folder you may write to") from None
+        self.container.metadata["comment"] = self.comment
+        self.stream, self.count = None, 0
+        return self
+
+    def write(self, frame):
+        if self.stream is None:
+            self._open(*frame.shape[:2])
+        picture = av.VideoFrame.from_ndarray(frame, "rgb24")
+        picture.pts, picture.time_base = self.count, 1 / self.fps
+        self.count += 1
+        self.container.mux(self.stream.encode(picture))
+
+    def _open(self, height, width):
+        self.stream = self.container.add_stream("libx264", rate=self.fps, options={"crf": "16", "preset": "fast"})
+        self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "yuv420p"
+        self.stream.time_base = self.stream.codec_context.time_base = 1 / self.fps
+        self.other = open_video(self.sound) if self.sound else None
+        self.audio = self.other.streams.audio[0] if self.other and self.other.streams.audio else None
+        if self.audio:                                                          # copied where the container takes it, else AAC
+            self.copy = self.audio.codec_context.name in self.container.supported_codecs
+            self.voice = self.container.add_stream_from_template(self.audio) if self.copy else \
+                self.container.add_stream("aac", rate=self.audio.rate)
+
+    def _write_sound(self):
+        start = Video(self.sound).start + self.span[0]
+        for packet in self.other.demux(self.audio):
+            for piece in [packet] if self.copy else packet.decode():
+                if piece.pts is None or not start <= piece.pts * piece.time_base < start + self.span[1] - self.span[0]:
+                    continue
+                piece.pts -= round(start / piece.time_base)
+                if self.copy:
+                    piece.dts, piece.stream = piece.pts, self.voice
+                self.container.mux(piece if self.copy else self.voice.encode(piece))
+        if not self.copy:
+            self.container.mux(self.voice.encode(None))
+
+    def __exit__(self, kind, *_):
+        try:
+            if kind is None and self.stream:
+                self.container.mux(self.stream.encode(None))
+                if self.audio:
+                    self._write_sound()
+            self.container.close()
+            if kind is None:
+                os.replace(self.temporary, self.path)
+        finally:
+            self.temporary.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Faces
+
+FACE_WIDTH, FACE_HEIGHT = 0.45, 0.53               # mean size of the mesh box in the paper's clips (paper B, Fig. 13)
+# Points of MediaPipe's mesh: lips, both eyes, irises (82 "expressive" points; paper 4.1: "around the mouth and eyes").
+LIPS = [0, 13, 14, 17, 37, 39, 40, 61, 78, 80, 81, 82, 84, 87, 88, 91, 95, 146, 178, 181, 185, 191, 267, 269, 270, 291, 308,
+        310, 311, 312, 314, 317, 318, 321, 324, 375, 402, 405, 409, 415]
+RIGHT_EYE = [7, 33, 133, 144, 145, 153, 154, 155, 157, 158, 159, 160, 161, 163, 173, 246]
+LEFT_EYE = [249, 263, 362, 373, 374, 380, 381, 382, 384, 385, 386, 387, 388, 390, 398, 466]
+IRISES = list(range(468, 478))
+EXPRESSIVE = LIPS + RIGHT_EYE + LEFT_EYE + IRISES
+
+
+@contextlib.contextmanager
+def quiet():
+    """Silence what C++ libraries write to stderr (MediaPipe's start-up remarks)."""
+    sys.stderr.flush()
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+
+
+class FaceLandmarker:
+    """MediaPipe in image mode: every frame by itself, so that order and gaps in time do not matter.
+
+    The full-range detector finds small faces too; the mesh then looks at a square around each."""
+
+    name = "mediapipe 0.10.21 face_mesh refine_landmarks"
+
+    def __init__(self):
+        with quiet():
+            from mediapipe.python.solutions import face_detection, face_mesh
+            self.detector = face_detection.FaceDetection(model_selection=1)
+            self.mesh = face_mesh.FaceMesh(static_image_mode=True, refine_landmarks=True)
+            blank = np.zeros((64, 64, 3), np.uint8)
+            self.detector.process(blank)
+            self.mesh.process(blank)
+
+    def faces(self, image):
+        """Squares (x, y, side) in pixels around the faces of image (h, w, 3) uint8, the largest first."""
+        h, w = image.shape[:2]
+        if max(h, w) > 720:
+            image = cv2.resize(image, None, fx=720 / max(h, w), fy=720 / max(h, w), interpolation=cv2.INTER_AREA)
+        found = []
+        for d in self.detector.process(image).detections or ():
+            box = d.location_data.relative_bounding_box
+            side = 2 * max(box.width * w, box.height * h)
+            found.append((round((box.xmin + box.width / 2) * w - side / 2), round((box.ymin + box.height / 2) * h - side / 2), round(side)))
+        return sorted((box for box in found if box[2] > 8), key=lambda box: -box[2])
+
+    def landmarks(self, image, square=None):
+        """(478, 3) float32 landmarks in pixels of the image (z in the same unit) of the face in `square`, or None."""
+        h, w = image.shape[:2]
+        x, y, side = square or (0, 0, None)
+        picture = image if square is None else crop(image, square)
+        with quiet():
+            found = self.mesh.process(picture).multi_face_landmarks
+        if not found:
+            return None
+        h, w = picture.shape[:2]
+        return np.array([(x + p.x * w, y + p.y * h, p.z * w) for p in found[0].landmark], np.float32)
+
+    def __call__(self, image, near=None):
+        """Landmarks of the face of `image`: the largest, or, with `near` (landmarks of an earlier frame), the same
+        person's, which is the one whose mesh overlaps; None where there is none."""
+        for square in [*self.faces(image), None]:                               # None: a face that fills the picture
+            points = self.landmarks(image, square)
+            if points is not None and (near is None or overlap(points, near) > 0.1):
+                return points
+        return None
+
+
+def overlap(a, b):
+    """Intersection over union of the boxes around two sets of landmarks (478, 3)."""
+    low, high = np.maximum(a[:, :2].min(0), b[:, :2].min(0)), np.minimum(a[:, :2].max(0), b[:, :2].max(0))
+    both = np.prod(np.maximum(high - low, 0))
+    return both / (np.prod(np.ptp(a[:, :2], 0)) + np.prod(np.ptp(b[:, :2], 0)) - both)
+
+
+def face_square(points):
+    """The square (x, y, side), in whole pixels, of a clip from its landmarks (M, 478, 3): one for all frames, the median face
+    at its centre, FACE_WIDTH wide or FACE_HEIGHT high in it. The head moves inside it, as in training."""
+    low, high = points[:, :468, :2].min(1), points[:, :468, :2].max(1)          # (M, 2)
+    side = max(np.median(high - low, 0) / (FACE_WIDTH, FACE_HEIGHT))
+    x, y = np.median((low + high) / 2, 0) - side / 2
+    return round(x), round(y), max(round(side), 8)
+
+
+def crop(image, square, size=None):
+    """Cut the square (x, y, side) out of image (h, w, 3), mirrored where it leaves the picture; resized to `size`."""
+    (x, y, side), (h, w) = square, image.shape[:2]
+    left, top, right, bottom = max(-x, 0), max(-y, 0), max(x + side - w, 0), max(y + side - h, 0)
+    if left or top or right or bottom:
+        image = cv2.copyMakeBorder(image, top, bottom, left, right, cv2.BORDER_REFLECT_101)
+    image = image[y + top:y + top + side, x + left:x + left + side]
+    if size:
+        image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_CUBIC)
+    return np.ascontiguousarray(image)
+
+
+@dataclass
+class Track:
+    """The face of a clip: landmarks (M, 478, 3) float32 in the coordinates of the crop (x and y 0..1 across it, z in the same
+    unit), which frames they were found in (M,) bool (elsewhere interpolated), and the crop's square in pixels."""
+    landmarks: np.ndarray
+    found: np.ndarray
+    square: tuple
+
+
+def no_face(name):
+    return UserError(f"no face found in {name}; use a picture or video with one clear human face, at least about 100 pixels high")
+
+
+def track(frames, landmarker, name, total=None):
+    """Follow the largest face of the first frame that has one through `frames`, an iterable of (h, w, 3) uint8."""
+    points, last = [], None
+    for image in tqdm(frames, "landmarks", total, unit="frame", leave=False, disable=total is None):
+        here = landmarker(image, last)
+        last = last if here is None else here
+        points.append(np.full((LANDMARKS, 3), np.nan, np.float32) if here is None else here)
+    if last is None:
+        raise no_face(name)
+    points = np.stack(points)
+    found = ~np.isnan(points[:, 0, 0])
+    square = face_square(points[found])
+    landmarks = (points - np.float32((*square[:2], 0))) / np.float32(square[2])
+    M, known = np.arange(len(found)), np.flatnonzero(found)
+    for column in landmarks.reshape(len(found), -1).T:                          # a view: filled in place
+        column[~found] = np.interp(M[~found], known, column[found])
+    return Track(landmarks, found, square)
+
+
+def expressive_mask(landmarks, size):
+    """Share of each cell of a size x size grid over the crop that lies on lips or eyes, (size, size) uint8, 255 for all.
+
+    The paper is silent on how pixels become latents: the outlines are filled at 256 x 256 and averaged over cells."""
+    canvas = np.zeros((256, 256), np.uint8)
+    for part in (LIPS, RIGHT_EYE + IRISES[:5], LEFT_EYE + IRISES[5:]):
+        hull = cv2.convexHull(np.float32(landmarks[part, :2] * 256 - 0.5))
+        cv2.fillConvexPoly(canvas, np.int32(np.round(hull * 16)), 255, shift=4)
+    return cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA)
+
+
+def to_tensor(images):
+    """uint8 (..., h, w, 3) -> float32 (..., 3, h, w) in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).movedim(-1, -3).float() / 127.5 - 1
+
+
+def to_images(tensor):
+    """float (..., 3, h, w) in [-1, 1] -> uint8 (..., h, w, 3)."""
+    return ((tensor.float().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).cpu().numpy()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CLIP
+
+class SceneEncoder:
+    """The global signal (paper 3.1): a CLIP model of open_clip, frozen; pictures and texts -> unit vectors (B, S).
+
+    Its file is safetensors with open_clip's own configuration (embed_dim, vision_cfg, text_cfg) as metadata."""
+
+    def __init__(self, path, device="cpu"):
+        tensors, config = sdit.read_tensors(path)
+        if not {"embed_dim", "vision_cfg", "text_cfg"} <= set(config):
+            raise UserError(f"{path} is not a CLIP file: its metadata has no open_clip configuration")
+        self.model, self.tokenizer = build_clip(config)
+        sdit.fill(self.model, tensors, path).to(device).eval().requires_grad_(False)
+        self.size, self.device = config["vision_cfg"]["image_size"], device
+
+    def images(self, pixels):
+        """(B, 3, h, w) in [-1, 1] -> (B, S)."""
+        return self.model.encode_image(clip_pixels(pixels.to(self.device), self.size), normalize=True).float()
+
+    def texts(self, sentences):
+        """List of B strings -> (B, S)."""
+        return self.model.encode_text(self.tokenizer(sentences).to(self.device), normalize=True).float()
+
+
+def build_clip(config):
+    """(open_clip model, tokenizer) of an open_clip configuration, with random weights."""
+    import open_clip
+    return open_clip.CLIP(**config), open_clip.SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
+
+
+def clip_pixels(pixels, size):
+    """CLIP's input of pictures (B, 3, h, w) in [-1, 1]: short side to `size`, bicubic with antialias, centre, OpenAI's mean and
+    spread."""
+    h, w = pixels.shape[-2:]
+    scale = size / min(h, w)
+    if scale != 1:
+        pixels = F.interpolate(pixels, (round(h * scale), round(w * scale)), mode="bicubic", antialias=True).clamp(-1, 1)
+    top, left = ((n - size) // 2 for n in pixels.shape[-2:])
+    mean = pixels.new_tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    spread = pixels.new_tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    return ((pixels[..., top:top + size, left:left + size] + 1) / 2 - mean) / spread
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Clips -> cached records
+
+@torch.no_grad()
+def encode_clip(pixels, tracked, fps, autoencoder, scene_encoder):
+    """Cache record of a clip: pixels (M, size, size, 3) uint8 cut by `crop`, its Track, its rate. M frames, numpy arrays:
+    latent (M, C, H, W) f16, landmarks (M, 478, 3) f16, weight (M, H, W) u8, found (M,) bool, scene (2, S) f16 of the first and
+    the last frame (the only ones that can be a source; see `choose_frames`), fps (2,) numerator and denominator."""
+    device = next(autoencoder.parameters()).device
+    images = to_tensor(pixels)
+    latent = torch.cat([autoencoder.encode(part.to(device)).half().cpu() for part in images.split(32)])
+    size = latent.shape[-1]
+    return dict(latent=latent.numpy(), landmarks=tracked.landmarks.astype(np.float16), found=tracked.found,
+                weight=np.stack([expressive_mask(points, size) for points in tracked.landmarks]),
+                scene=scene_encoder.images(images[[0, -1]]).half().cpu().numpy(), fps=np.array(Fraction(fps).as_integer_ratio()))
+
+
+class CacheWriter:
+    """Write records into safetensors shards of `clips_per_shard` clips, and the index that makes them a cache."""
+
+    def __init__(self, folder, about, clips_per_shard=1000):
+        self.folder, self.about, self.size = Path(folder), about, clips_per_shard
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.records, self.shards = [], []
+
+    def add(self, record):
+        self.records.append(record)
+        if len(self.records) == self.size:
+            self.flush()
+
+    def flush(self):
+        if not self.records:
+            return
+        frames = [k for k in self.records[0] if k not in ("scene", "fps")]
+        shard = {k: np.concatenate([r[k] for r in self.records]) for k in frames}
+        shard |= {k: np.stack([r[k] for r in self.records]) for k in ("scene", "fps")}
+        shard["offsets"] = np.cumsum([0] + [len(r["found"]) for r in self.records])
+        name = f"shard-{len(self.shards):05d}.safetensors"
+        sdit.write_tensors(self.folder / name, {k: torch.from_numpy(v) for k, v in shard.items()}, {})
+        self.shards.append(dict(file=name, clips=len(self.records), frames=int(shard["offsets"][-1])))
+        self.records = []
+
+    def close(self):
+        """Write the last shard and the index; before that the folder is not a cache."""
+        self.flush()
+        temporary = self.folder / "index.json.tmp"
+        temporary.write_text(json.dumps(self.about | dict(shards=self.shards), indent=1))
+        os.replace(temporary, self.folder / "index.json")
+
+
+def cache_about(autoencoder_path, clip_path, autoencoder, scene_width, size):
+    """What a cache says of itself; train.py passes it on to the model."""
+    return dict(size=size, latent_channels=autoencoder.config.latent_channels, latent_size=size // autoencoder.config.factor,
+                scene_width=scene_width, landmarker=FaceLandmarker.name,
+                autoencoder=Path(autoencoder_path).name, autoencoder_sha256=sdit.sha256(autoencoder_path),
+                clip=Path(clip_path).name, clip_sha256=sdit.sha256(clip_path))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training rows
+
+def choose_frames(rng, M, T):
+    """A non-uniform sequence and its source (paper 3.1): T frames of a clip of M, and the source, which is first or last.
+
+    The distribution is not in the paper: uniform without replacement, in order of time. The source is the frame
+    "furthest in time from the chosen sequence, effectively making it either the first or last frame of the entire
+    video"; both ends are left out of the sequence, so that the source is never one of the frames to denoise."""
+    times = np.sort(rng.choice(np.arange(1, M - 1), T, replace=False))
+    return times, 0 if times[0] >= M - 1 - times[-1] else M - 1
+
+
+class Rows(torch.utils.data.Dataset):
+    """Training rows of a cache. Row number n is a function of (seed, n) alone, so that data order needs no state.
+
+    A row is a dict: latents (T, C, H, W), landmarks (T, 478, 3), mask (T, H, W) in 0..1, scene (S,), all float32. Clips with
+    fewer than T + 2 frames are left out (see `choose_frames`)."""
+
+    def __init__(self, folder, frames, seed=0):
+        index = Path(folder) / "index.json"
+        if not index.is_file():
+            raise UserError(f"no cache in {folder} (no index.json); make one: python data.py CLIPS --out {folder}")
+        self.about, self.folder, self.frames, self.seed = json.loads(index.read_text()), Path(folder), frames, seed
+        self.shards = [safetensors.safe_open(self.folder / s["file"], "pt") for s in self.about["shards"]]
+        self.clips = []                                                         # (shard, clip, first frame, end)
+        for number, shard in enumerate(self.shards):
+            offsets = shard.get_tensor("offsets").tolist()
+            self.clips += [(number, i, a, b) for i, (a, b) in enumerate(zip(offsets, offsets[1:])) if b - a >= frames + 2]
+        if not self.clips:
+            raise UserError(f"no clip in {folder} has {frames + 2} frames, which rows of {frames} need; cache longer clips")
+        self.order = (-1, None)
+
+    def __len__(self):
+        return len(self.clips)
+
+    def _clip(self, n):
+        epoch, i = divmod(n, len(self.clips))
+        if self.order[0] != epoch:
+            self.order = epoch, np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.clips))
+        return self.clips[self.order[1][i]]
+
+    def __getitem__(self, n):
+        number, clip, first, end = self._clip(n)
+        times, source = choose_frames(np.random.default_rng([self.seed, 1, n]), end - first, self.frames)
+        shard = self.shards[number]
+        latents, landmarks, weight = (shard.get_slice(k)[first:end][times].float() for k in ("latent", "landmarks", "weight"))
+        scene = shard.get_slice("scene")[clip][0 if source == 0 else 1].float()
+        return dict(latents=latents, landmarks=landmarks, mask=weight / 255, scene=scene)
+
+    def statistics(self, clips=2000):
+        """(mean, spread) of the landmarks, (478, 3) each, and the mean scene vector (S,), over evenly spread clips."""
+        chosen = [self.clips[i] for i in np.linspace(0, len(self.clips) - 1, min(clips, len(self.clips))).astype(int)]
+        points = torch.cat([self.shards[s].get_slice("landmarks")[a:b].float() for s, _, a, b in chosen])
+        scenes = torch.cat([self.shards[s].get_slice("scene")[i:i + 1].float() for s, i, _, _ in chosen])
+        return points.mean(0), points.std(0).clamp_min(1e-3), scenes.mean((0, 1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def clip_crops(path, landmarker, size):
+    """(pixels (M, size, size, 3) uint8, Track, fps) of a face clip on disk."""
+    video = Video(path)
+    tracked = track(video, landmarker, path)
+    return np.stack([crop(frame, tracked.square, size) for frame in video]), tracked, video.fps
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("clips", type=Path, help="folder tree of videos of one face each")
+    ap.add_argument("--out", type=Path, default=Path("cache"), help="folder of the cache")
+    ap.add_argument("--autoencoder", type=Path, default=DEMO / "autoencoder.safetensors")
+    ap.add_argument("--clip", type=Path, default=DEMO / "clip.safetensors")
+    ap.add_argument("--size", type=int, help="pixels a side (default: 64 for the demo's autoencoder, else 256)")
+    a = ap.parse_args()
+    if (a.out / "index.json").exists():
+        raise UserError(f"{a.out} already holds a cache; name another folder or remove it")
+    paths = sorted(p for p in a.clips.rglob("*") if p.suffix.lower() in VIDEOS)
+    if not paths:
+        raise UserError(f"no videos ({', '.join(sorted(VIDEOS))}) under {a.clips}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    autoencoder, scene_encoder = sdit.load_autoencoder(a.autoencoder, device), SceneEncoder(a.clip, device)
+    size, landmarker = a.size or (64 if a.autoencoder.parent == DEMO else 256), FaceLandmarker()
+    writer = CacheWriter(a.out, cache_about(a.autoencoder, a.clip, autoencoder, scene_encoder.model.visual.output_dim, size))
+    with open(a.out / "manifest.jsonl", "w") as manifest:
+        for path in tqdm(paths, "clips", unit="clip"):
+            entry = dict(file=str(path.relative_to(a.clips)))
+            try:
+                pixels, tracked, fps = clip_crops(path, landmarker, size)
+                writer.add(encode_clip(pixels, tracked, fps, autoencoder, scene_encoder))
+                entry |= dict(frames=len(pixels), missed=int((~tracked.found).sum()), square=tracked.square)
+            except UserError as e:
+                entry |= dict(rejected=str(e))
+            manifest.write(json.dumps(entry) + "\n")
+            manifest.flush()
+    writer.close()
+    entries = [json.loads(line) for line in open(a.out / "manifest.jsonl")]
+    rejected = [e for e in entries if "rejected" in e]
+    print(f"{len(entries) - len(rejected)} clips in {a.out}; {len(rejected)} rejected, reasons in {a.out / 'manifest.jsonl'}")
+
+
+if __name__ == "__main__":
+    sdit.run_main(main)

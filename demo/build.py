@@ -1,0 +1,211 @@
+"""Build everything the demo needs from nothing: rendered clips, autoencoder, CLIP, cache, sDiT, example inputs.
+
+    python demo/build.py                     # all parts, in order; a part whose result is there is skipped
+    python demo/build.py clips autoencoder   # only these
+
+Work stands in demo/build/ (about 1 GB, ignored by git); the three models, half precision, and the two example inputs go to
+demo/. To make a part again, delete its result. Measured times stand in the README.
+"""
+import argparse
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+DEMO = Path(__file__).resolve().parent
+sys.path[:0] = [str(DEMO.parent), str(DEMO)]
+
+import imageio.v3 as imageio
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+import sdit
+import world
+
+BUILD = DEMO / "build"
+CLIPS, FRAMES, FPS = 3000, 16, 8               # rows reach over up to two seconds; seeds 0 .. CLIPS - 1
+RENDER, SIZE = 128, 64                         # landmarks need 128 pixels (eyes are 6 pixels high there), the models see 64
+AUTOENCODER = sdit.AutoencoderConfig(widths=(16, 32, 64), layers=1, latent_channels=6, groups=8, scale=1.0)
+CLIP = dict(embed_dim=128,
+            vision_cfg=dict(image_size=64, patch_size=8, width=128, layers=4, head_width=32, mlp_ratio=3.0),
+            text_cfg=dict(context_length=48, vocab_size=49408, width=64, heads=2, layers=2))
+AUTOENCODER_STEPS, CLIP_STEPS, SDIT_STEPS = 3500, 800, 6000
+SOURCE_SEED, DRIVING_SEED = 1_000_003, 1_000_010
+device = "cuda" if torch.cuda.is_available() else "cpu"
+autocast = torch.autocast(device, torch.bfloat16, enabled=sdit.has_bf16(device))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rendered clips
+
+def make_clip(seed):
+    """Render, track and crop one clip with data.py's own functions; saved as BUILD/clips/SEED.npz. Returns misses."""
+    path = BUILD / "clips" / f"{seed:06d}.npz"
+    if path.exists():
+        return 0
+    frames, caption, _, _ = world.sample_clip(seed, FRAMES, RENDER, FPS)
+    if not hasattr(make_clip, "landmarker"):
+        make_clip.landmarker = data.FaceLandmarker()
+    tracked = data.track(frames, make_clip.landmarker, f"clip {seed}")
+    pixels = np.stack([data.crop(frame, tracked.square, SIZE) for frame in frames])
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez(temporary, pixels=pixels, caption=caption, **dataclasses.asdict(tracked))
+    os.replace(temporary, path)
+    return int((~tracked.found).sum())
+
+
+def build_clips():
+    (BUILD / "clips").mkdir(parents=True, exist_ok=True)
+    with multiprocessing.get_context("spawn").Pool() as pool:                   # MediaPipe does not survive a fork
+        missed = sum(tqdm(pool.imap(make_clip, range(CLIPS), 8), "clips", CLIPS))
+    print(f"{CLIPS} clips of {FRAMES} frames; faces missed in {missed} frames")
+    (BUILD / "clips" / "done").write_text("")
+
+
+def load_clips(*keys):
+    """Arrays of all clips, stacked: for "pixels" (CLIPS, FRAMES, SIZE, SIZE, 3) uint8, and so on."""
+    files = [np.load(BUILD / "clips" / f"{seed:06d}.npz") for seed in range(CLIPS)]
+    return [np.stack([f[key] for f in files]) for key in keys]
+
+
+def cosine(optimizer, start, progress):
+    """Learning rate `start`, falling to 0 as `progress` goes from 0 to 1, after a short ramp."""
+    for group in optimizer.param_groups:
+        group["lr"] = start * min(1, progress * 50) * (1 + math.cos(math.pi * progress)) / 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Autoencoder
+
+def build_autoencoder(steps=AUTOENCODER_STEPS, batch=16, lr=2e-3):
+    """Stable Diffusion's network, small: squared error and a light KL term. Its adversarial and perceptual losses are
+    left out: they need networks of their own, and the world has no fine texture."""
+    torch.manual_seed(0)
+    pixels = load_clips("pixels")[0].reshape(-1, SIZE, SIZE, 3)
+    test, pixels = data.to_tensor(pixels[-256:]), pixels[:-256]                 # 16 faces are left out
+    model = sdit.AutoencoderKL(AUTOENCODER).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01, fused=True)
+    bar = tqdm(range(steps), "autoencoder", unit="step")
+    for step in bar:
+        cosine(optimizer, lr, step / steps)
+        images = data.to_tensor(pixels[torch.randint(len(pixels), (batch,))]).to(device, memory_format=torch.channels_last)
+        with autocast:
+            mean, logvar = model.moments(images)
+            output = model.reconstruct(mean + torch.randn_like(mean) * (logvar / 2).exp())
+        mean, logvar = mean.float(), logvar.float()
+        error = F.mse_loss(output.float(), images)
+        kl = (mean ** 2 + logvar.exp() - 1 - logvar).mean() / 2
+        optimizer.zero_grad(set_to_none=True)
+        (error + 1e-4 * kl).backward()
+        optimizer.step()
+        if step % 100 == 0:
+            bar.set_postfix_str(f"PSNR {10 * math.log10(4 / error.item()):.1f} dB")
+    model.eval()
+    with torch.no_grad():
+        latents = model.encode(test.to(device))
+        model.config = dataclasses.replace(model.config, scale=float(1 / latents.std()))
+        error = F.mse_loss(model.decode(model.encode(test.to(device))).cpu(), test)
+    print(f"autoencoder: {steps} steps of {batch}, PSNR {10 * math.log10(4 / error):.2f} dB on 16 unseen faces, scale {model.config.scale:.3f}")
+    sdit.save_model(BUILD / "autoencoder.safetensors", model, torch.float16)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CLIP
+
+def build_clip(steps=CLIP_STEPS, batch=128, lr=1e-3):
+    """An open_clip model on pictures and captions of the world. Its text table keeps CLIP's own tokens, 64 wide."""
+    torch.manual_seed(0)
+    pixels, captions = load_clips("pixels", "caption")
+    model, tokenizer = data.build_clip(CLIP)
+    model = model.to(device).train()
+    tokens = tokenizer([str(c) for c in captions])
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.1, betas=(0.9, 0.98))
+    bar = tqdm(range(steps), "CLIP", unit="step")
+    for step in bar:
+        cosine(optimizer, lr, step / steps)
+        chosen = torch.randperm(CLIPS)[:batch]
+        images = data.to_tensor(pixels[chosen, torch.randint(FRAMES, (batch,))])
+        with autocast:
+            seen = model.encode_image(data.clip_pixels(images.to(device), SIZE), normalize=True)
+            read = model.encode_text(tokens[chosen].to(device), normalize=True)
+        logits = model.logit_scale.exp().clamp(max=100) * seen.float() @ read.float().T
+        target = torch.arange(batch, device=device)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if step % 20 == 0:
+            bar.set_postfix_str(f"loss {loss.item():.3f}")
+    sdit.write_tensors(BUILD / "clip.safetensors", {k: v.half() for k, v in model.state_dict().items()}, CLIP)
+    print(f"CLIP: {steps} steps of {batch}, top-1 of 40 unseen captions {clip_accuracy():.1%}")
+
+
+@torch.no_grad()
+def clip_accuracy(groups=10):
+    """Share of unseen faces, in groups of 40, whose caption is the nearest of the 40."""
+    encoder, right = data.SceneEncoder(BUILD / "clip.safetensors", device), []
+    landmarker = data.FaceLandmarker()
+    for group in range(groups):
+        clips = [world.sample_clip(1_000_000 + 40 * group + i, 1, RENDER) for i in range(40)]
+        squares = [data.track(frames, landmarker, "a test face").square for frames, *_ in clips]
+        pixels = np.stack([data.crop(c[0][0], square, SIZE) for c, square in zip(clips, squares)])
+        likeness = encoder.images(data.to_tensor(pixels)) @ encoder.texts([c[1] for c in clips]).T
+        right += (likeness.argmax(1).cpu() == torch.arange(40)).tolist()
+    return np.mean(right)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cache, sDiT, and what is shipped
+
+def build_cache():
+    autoencoder = sdit.load_autoencoder(BUILD / "autoencoder.safetensors", device)
+    encoder = data.SceneEncoder(BUILD / "clip.safetensors", device)
+    about = data.cache_about(BUILD / "autoencoder.safetensors", BUILD / "clip.safetensors", autoencoder, CLIP["embed_dim"], SIZE)
+    writer = data.CacheWriter(BUILD / "cache", about)
+    for seed in tqdm(range(CLIPS), "cache"):
+        clip = np.load(BUILD / "clips" / f"{seed:06d}.npz")
+        tracked = data.Track(clip["landmarks"], clip["found"], clip["square"])
+        writer.add(data.encode_clip(clip["pixels"], tracked, FPS, autoencoder, encoder))
+    writer.close()
+
+
+def build_sdit():
+    subprocess.run([sys.executable, DEMO.parent / "train.py", "--size", "demo", "--data", BUILD / "cache", "--out", BUILD / "sdit",
+                    "--steps", str(SDIT_STEPS), "--batch", "16", "--lr", "5e-4"], check=True)
+
+
+def build_shipped():
+    """Half-precision copies of the models, and one source picture and driving clip of unseen faces, into demo/."""
+    for name in ("autoencoder", "clip"):
+        (DEMO / f"{name}.safetensors").write_bytes((BUILD / f"{name}.safetensors").read_bytes())
+    sdit.save_model(DEMO / "sdit.safetensors", sdit.load_model(BUILD / "sdit" / "model.safetensors"), torch.float16)
+    imageio.imwrite(DEMO / "source.png", world.sample_clip(SOURCE_SEED, 1, 256)[0][0])
+    imageio.imwrite(DEMO / "driving.mp4", world.sample_clip(DRIVING_SEED, 48, 256)[0], fps=24, codec="libx264", plugin="pyav")
+
+
+PARTS = {"clips": (build_clips, "clips/done"), "autoencoder": (build_autoencoder, "autoencoder.safetensors"),
+         "clip": (build_clip, "clip.safetensors"), "cache": (build_cache, "cache/index.json"),
+         "sdit": (build_sdit, f"sdit/state-{SDIT_STEPS:08d}.pt"), "shipped": (build_shipped, None)}
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("parts", nargs="*", choices=[[], *PARTS], help="what to build (default: all)")
+    for name in ap.parse_args().parts or PARTS:
+        build, result = PARTS[name]
+        if result and (BUILD / result).exists():
+            print(f"{name}: {BUILD / result} is there")
+        else:
+            build()
+
+
+if __name__ == "__main__":
+    main()

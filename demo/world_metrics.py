@@ -1,0 +1,177 @@
+"""How good a model of the demo world is, against the truth: a face's true reenactment is `render(face_a, motion_b)`.
+
+    python demo/world_metrics.py                       # the bundled model, 50 clips of 24 frames
+    python demo/world_metrics.py --n 8 --sheet sheet.png --held-out
+
+Cross-identity: source picture of one unseen face, driving video of another (seeds from 1,000,000 up, never trained on). Every
+figure stands beside two ceilings measured the same way: the true rendering itself, and the true rendering through the
+autoencoder. The last line is JSON.
+"""
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+DEMO = Path(__file__).resolve().parent
+sys.path[:0] = [str(DEMO.parent), str(DEMO)]
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+import data
+import sample
+import sdit
+import world
+
+COLOURS = {"hair": world.HAIR, "shirt": world.CLOTH, "back": world.CLOTH}
+UNSEEN = 1_000_000
+
+
+def make_case(seed, frames, held_out):
+    """Source face (a), driving face (b) and motion: (face_a, face_b, motion), from seeds that were never trained on."""
+    rng = np.random.default_rng(UNSEEN + seed)
+    face_a, face_b = world.sample_face(rng, held_out), world.sample_face(rng)
+    while face_a["style"] == "no" or face_a["hat"] != "none":                   # the colour of the hair must be there to be seen
+        face_a = world.sample_face(rng, held_out)
+    return face_a, face_b, world.sample_motion(rng, frames)
+
+
+def render_clip(face, motion, size):
+    """(M, size, size, 3) uint8."""
+    M = len(motion["yaw"])
+    return np.stack([world.render(face, {k: v[i] for k, v in motion.items()}, size) for i in range(M)])
+
+
+def regions(face, controls, square, size):
+    """For hair, shirt and background the pixels (size, size) bool that show it: those that change fully with its colour."""
+    def cut(f):
+        return data.crop(world.render(f, controls, 256), square, size).astype(float)
+    base = cut(face)
+    found = {}
+    for name, table in COLOURS.items():
+        other = next(c for c in table if c != face[name])
+        change = np.abs(cut(face | {name: other}) - base).sum(-1)
+        found[name] = change > 0.5 * np.quantile(change[change > 8], 0.8) if (change > 8).any() else np.zeros_like(change, bool)
+    return found
+
+
+def measures(points):
+    """Motion of landmarks (M, 478, 3): dict of (M,) arrays; angles in radians, the rest in units of the eyes' distance."""
+    def gap(a, b, axes=2):
+        return np.linalg.norm(points[:, a, :axes] - points[:, b, :axes], axis=-1)
+    across, down = points[:, 263] - points[:, 33], points[:, 152] - points[:, 10]
+    unit = gap(33, 263, 3)
+    iris = (points[:, 468] + points[:, 473] - points[:, [33, 362]].mean(1) - points[:, [133, 263]].mean(1))[:, 0]
+    return dict(yaw=np.arctan2(across[:, 2], across[:, 0]), pitch=np.arctan2(down[:, 2], down[:, 1]),
+                roll=np.arctan2(across[:, 1], across[:, 0]), mouth=gap(13, 14) / unit, eyes=(gap(159, 145) + gap(386, 374)) / unit,
+                smile=gap(61, 291, 3) / unit - 0.3 * gap(13, 14) / unit, gaze=iris / unit)
+
+
+def correlation(a, b):
+    a, b = a - a.mean(), b - b.mean()
+    return float((a * b).sum() / math.sqrt((a * a).sum() * (b * b).sum() + 1e-12))
+
+
+def ssim(a, b):
+    """Mean structural similarity of images (B, 3, h, w) in [-1, 1] (Wang et al. 2004: Gaussian window of 11, sigma 1.5)."""
+    line = torch.exp(-(torch.arange(11.) - 5) ** 2 / 4.5)
+    window = (line[:, None] * line / line.sum() ** 2).expand(3, 1, 11, 11)
+    blur = lambda x: F.conv2d(x, window, groups=3)
+    a, b = (a + 1) / 2, (b + 1) / 2
+    ma, mb = blur(a), blur(b)
+    va, vb, vab = blur(a * a) - ma ** 2, blur(b * b) - mb ** 2, blur(a * b) - ma * mb
+    return ((2 * ma * mb + 1e-4) * (2 * vab + 9e-4) / ((ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4))).mean().item()
+
+
+def score(images, true, driving, masks, face, landmarker):
+    """All figures of one clip: images and true (M, h, w, 3) uint8, driving landmarks (M, 478, 3) in the crop, masks by frame."""
+    size = images.shape[1]
+    found = [landmarker.landmarks(data.crop(im, (0, 0, size), 256)) for im in images]   # enlarged: MediaPipe wants 96 pixels and more
+    seen = np.array([p is not None for p in found])
+    result = dict(found=float(seen.mean()))
+    if seen.sum() > 2:
+        points = np.stack([p for p in found if p is not None]) / 256
+        here, there = measures(points), measures(driving[seen])
+        result |= {k: correlation(here[k], there[k]) for k in here}
+        result["expressive_lmse"] = float(((256 * (points - driving[seen])[:, data.EXPRESSIVE]) ** 2).mean())
+    for name, table in COLOURS.items():
+        medians = np.array([np.median(im[m[name]], 0) for im, m in zip(images, masks) if m[name].sum() > 8]) / 255
+        if len(medians):
+            nearest = min(table, key=lambda c: np.abs(np.median(medians, 0) - table[c]).sum())
+            result |= {f"{name}_right": float(nearest == face[name]), f"{name}_drift": float(medians.std(0).mean() * 255)}
+    a, b = data.to_tensor(images), data.to_tensor(true)
+    result["psnr"] = 10 * math.log10(4 / max(F.mse_loss(a, b).item(), 1e-6))
+    return result | dict(ssim=ssim(a, b))
+
+
+class Reenactor:
+    """sample.py's own functions with the models loaded once."""
+
+    def __init__(self, model, steps):
+        self.sdit, self.steps = sdit.load_model(model), steps
+        c = self.sdit.config
+        self.autoencoder = sdit.load_autoencoder(sdit.find_weights(c.autoencoder, c.autoencoder_sha256, model))
+        self.encoder = data.SceneEncoder(sdit.find_weights(c.clip, c.clip_sha256, model))
+        self.size = self.autoencoder.config.factor * c.latent_size
+
+    @torch.no_grad()
+    def __call__(self, source, landmarks, seed):
+        """source (h, w, 3) uint8 face crop, landmarks (M, 478, 3) -> (M, size, size, 3) uint8."""
+        conditioning = self.sdit.mapping(self.encoder.images(data.to_tensor(source[None])), torch.from_numpy(landmarks)[None])[0]
+        rows, keep = sample.plan_rows(len(landmarks), self.sdit.config.frames)
+        latents = sample.sample_rows(self.sdit, rows, keep, set(range(len(landmarks))), conditioning, self.steps, seed)
+        return data.to_images(self.autoencoder.decode(torch.stack([latents[f] for f in range(len(landmarks))])))
+
+    @torch.no_grad()
+    def through_autoencoder(self, images):
+        return data.to_images(self.autoencoder.decode(self.autoencoder.encode(data.to_tensor(images))))
+
+
+def run_case(seed, frames, held_out, reenactor, landmarker):
+    """Scores of generated, true, and true-through-the-autoencoder, and a sheet row of pictures."""
+    face_a, face_b, motion = make_case(seed, frames, held_out)
+    size, still = reenactor.size, world.sample_motion(np.random.default_rng(UNSEEN + seed), 1)
+    tracked = data.track(render_clip(face_b, motion, 256), landmarker, f"driving case {seed}")
+    source = render_clip(face_a, still, 256)
+    source = data.crop(source[0], data.track(source, landmarker, f"source case {seed}").square, size)
+    true = np.stack([data.crop(im, tracked.square, size) for im in render_clip(face_a, motion, 256)])
+    driving = np.stack([data.crop(im, tracked.square, size) for im in render_clip(face_b, motion, 256)])
+    masks = [regions(face_a, {k: v[i] for k, v in motion.items()}, tracked.square, size) for i in range(frames)]
+    made = reenactor(source, tracked.landmarks, seed)
+    scores = {name: score(im, true, tracked.landmarks, masks, face_a, landmarker)
+              for name, im in (("generated", made), ("autoencoder", reenactor.through_autoencoder(true)), ("true", true))}
+    shown = np.linspace(0, frames - 1, 8).astype(int)
+    row = [np.concatenate([np.full_like(source, 255) if i else source, *im[shown]], 1) for i, im in enumerate((driving, true, made))]
+    return scores, np.concatenate(row)
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--model", type=Path, default=DEMO / "sdit.safetensors")
+    ap.add_argument("--n", type=int, default=50, help="clips")
+    ap.add_argument("--frames", type=int, default=24)
+    ap.add_argument("--steps", type=int, default=50)
+    ap.add_argument("--held-out", action="store_true", help="sources with the triples of colours that no training saw")
+    ap.add_argument("--sheet", type=Path, help="contact sheet of the first 8 cases: source and driving, true, generated")
+    a = ap.parse_args()
+    reenactor, landmarker, scores, sheet = Reenactor(a.model, a.steps), data.FaceLandmarker(), [], []
+    for seed in tqdm(range(a.n), "cases"):
+        one, row = run_case(seed, a.frames, a.held_out, reenactor, landmarker)
+        scores.append(one)
+        sheet += [row] * (seed < 8)
+    if a.sheet:
+        Image.fromarray(np.concatenate(sheet)).save(a.sheet)
+    names = list(dict.fromkeys(k for s in scores for k in s["true"]))
+    mean = {kind: {k: float(np.mean([s[kind][k] for s in scores if k in s[kind]])) for k in names} for kind in scores[0]}
+    print(f"{'':16}{'generated':>12}{'autoencoder':>12}{'true':>12}")
+    for k in names:
+        print(f"{k:16}" + "".join(f"{mean[kind][k]:12.3f}" for kind in mean))
+    print(json.dumps(dict(n=a.n, frames=a.frames, steps=a.steps, held_out=a.held_out, model=sdit.sha256(a.model)[:16], **mean)))
+
+
+if __name__ == "__main__":
+    sdit.run_main(main)

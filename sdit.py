@@ -1,0 +1,607 @@
+"""The model: sDiT, the diffusion transformer for short sequences of frames, and the autoencoder of its latents.
+
+Everything here is network: no files but model files, no video, no sampling loop. Read it in this order:
+
+    SDiTConfig, make_config     the sizes, "XL/2" ... "demo"
+    Attention, Block, Mapping   the building blocks
+    SDiT                        the denoiser (paper 3.1) with the override of the anchor (paper 3.2) in `forward`
+    NoiseSchedule               the diffusion process that it inverts
+    AutoencoderKL               pixels <-> latents (the network of Stable Diffusion)
+    save_model, load_model      safetensors files that carry their own configuration
+
+Shapes use one alphabet in the whole repository: B rows (sequences in a batch), T frames in a row, N tokens of a frame,
+D width, (C, H, W) the latent of a frame, S width of the scene vector, 478 landmarks.
+"""
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+LANDMARKS = 478                                    # points of MediaPipe's face mesh with irises (paper 4.2)
+
+
+class UserError(ValueError):
+    """Bad input: a sentence that names the file and the cure. The scripts print it and leave with exit code 2."""
+
+
+def run_main(main):
+    """Run a script's `main`; a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as e:
+        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
+
+
+def has_bf16(device):
+    """Whether the device multiplies matrices in bfloat16 in hardware; elsewhere it is slower than float32."""
+    if device == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+@dataclass
+class SDiTConfig:
+    """What a model file needs to say about itself; travels as JSON in its metadata."""
+    name: str = "XL/2"
+    depth: int = 28
+    width: int = 1152                              # D
+    heads: int = 16
+    patch: int = 2
+    frames: int = 8                                # T
+    latent_channels: int = 4                       # C
+    latent_size: int = 32                          # H = W
+    scene_width: int = 768                         # S, CLIP ViT-L/14
+    autoencoder: str = ""                          # file name and sha256 of what the latents and the scenes were made with
+    autoencoder_sha256: str = ""
+    clip: str = ""
+    clip_sha256: str = ""
+    scene_mean: list = dataclasses.field(default_factory=list)  # mean scene vector of the training set (S numbers)
+
+    @property
+    def tokens(self):
+        """N, tokens of a frame."""
+        return (self.latent_size // self.patch) ** 2
+
+
+# Depth, width, heads as in DiT, which the paper extends (paper 4.1: "sDiT-XL"; its numbers are DiT-XL's).
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+DEMO = dict(depth=8, width=256, heads=8, patch=2, latent_channels=6, latent_size=16, scene_width=128)
+
+
+def make_config(name, frames=8, **rest):
+    """Configuration by name: "S/2" ... "XL/8" (paper D: 256 pixels, so latents 4 x 32 x 32) or "demo"."""
+    if name == "demo":
+        return SDiTConfig(name=name, frames=frames, **DEMO | rest)
+    size, _, patch = name.partition("/")
+    if size not in SIZES or patch not in ("2", "4", "8"):
+        raise UserError(f"no model size {name!r}; choose demo or one of {', '.join(SIZES)} with /2, /4 or /8, as in XL/2")
+    depth, width, heads = SIZES[size]
+    return SDiTConfig(name=name, depth=depth, width=width, heads=heads, patch=int(patch), frames=frames, **rest)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Building blocks
+
+def sinusoid(width, positions):
+    """Sine-cosine encoding: (P,) positions -> (P, width), sines in the first half, cosines in the second."""
+    rate = 1e4 ** (-torch.arange(width // 2, dtype=torch.float64) / (width // 2))
+    angle = positions.double()[:, None] * rate
+    return torch.cat([angle.sin(), angle.cos()], 1).float()
+
+
+def spatial_encoding(width, side):
+    """Fixed 2-D sine-cosine encoding of a side x side grid, (side * side, width): first half x, second half y.
+
+    The paper is silent; this is DiT's."""
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    return torch.cat([sinusoid(width // 2, x.flatten()), sinusoid(width // 2, y.flatten())], 1)
+
+
+def modulate(x, shift, scale):
+    """Adaptive layer norm of x (B, T, N, D) with one shift and scale (B, T, 1, D) a frame."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class Attention(nn.Module):
+    """Joint space-time attention: every token of a row attends to all T * N (paper silent on the scope; 3.2 speaks of
+    tokens that "attend to and align with the anchor tokens", across frames)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, anchor=None, anchor_kv=None):
+        """x (B, T, N, D) -> the same shape, and the keys and values (2, 1, heads, N, D / heads) of frame `anchor` in
+        row 0, if one is named. `anchor_kv`, of that shape, is read by every row beside its own keys and values."""
+        B, T, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, T * N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)   # (B, heads, TN, d)
+        kept = None if anchor is None else torch.stack([k, v])[:, :1, :, anchor * N:(anchor + 1) * N].clone()
+        if anchor_kv is not None:
+            k, v = (torch.cat([own, shared.expand(B, -1, -1, -1)], 2) for own, shared in zip((k, v), anchor_kv))
+        x = F.scaled_dot_product_attention(q, k, v)                            # (B, heads, TN, d)
+        return self.proj(x.transpose(1, 2).reshape(B, T, N, D)), kept
+
+
+class MLP(nn.Module):
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """DiT's adaLN-Zero block, with shift, scale and gate of its own for every frame (paper 3.1: "per-frame conditioning
+    signals (C_t), incorporated into our sDiT through adaptive layer normalization")."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.attn = Attention(width, heads)
+        self.mlp = MLP(width, 4 * width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x, c, anchor=None, anchor_kv=None):
+        """Tokens x (B, T, N, D), conditioning c (B, T, D); see `Attention.forward` for the rest."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).unsqueeze(2).chunk(6, -1)  # (B, T, 1, D)
+        y, kept = self.attn(modulate(x, shift1, scale1), anchor, anchor_kv)
+        x = x + gate1 * y
+        return x + gate2 * self.mlp(modulate(x, shift2, scale2)), kept
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width, outputs):
+        super().__init__()
+        self.linear = nn.Linear(width, outputs)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).unsqueeze(2).chunk(2, -1)
+        return self.linear(modulate(x, shift, scale))                           # (B, T, N, p * p * 2C)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, channels, patch, width):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
+
+    def forward(self, latents):
+        B, T = latents.shape[:2]
+        x = self.proj(latents.flatten(0, 1))                                    # (BT, D, H / p, W / p)
+        return x.flatten(2).transpose(1, 2).unflatten(0, (B, T))                # (B, T, N, D)
+
+
+class TimestepEmbedder(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, timesteps):
+        """(B,) integers -> (B, D). The angles are taken in float32 whatever the precision of the weights."""
+        rate = torch.exp(-math.log(1e4) / 128 * torch.arange(128, dtype=torch.float32, device=timesteps.device))
+        angle = timesteps.float()[:, None] * rate
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], 1).to(self.mlp[0].weight.dtype))
+
+
+class ResidualMLP(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.mlp = MLP(width, width)
+
+    def forward(self, x):
+        return x + self.mlp(self.norm(x))
+
+
+class Mapping(nn.Module):
+    """The mapping network (paper 3.1): mixes the global signal G, the scene, with the local signals L_t, the landmarks,
+    into the conditioning C_t of every frame. Four residual blocks (paper 4.1). The paper is silent on fusion, width and
+    activation; we concatenate, at the transformer's width, pre-norm, GELU.
+
+    Both inputs come in at unit scale: the landmarks by mean and spread over the training set (buffers that train.py
+    fills, and the model file keeps), the scene, a unit vector, times sqrt(S). Without it the landmarks are nearly
+    constant numbers between 0 and 1, and the ten times smaller learning rate of this network (paper 4.1) barely sees them
+    move. The null vectors live behind this scaling."""
+
+    def __init__(self, width, scene_width, blocks=4):
+        super().__init__()
+        self.null_scene = nn.Parameter(torch.zeros(scene_width))
+        self.null_landmarks = nn.Parameter(torch.zeros(LANDMARKS, 3))
+        self.register_buffer("landmark_mean", torch.zeros(LANDMARKS, 3))
+        self.register_buffer("landmark_std", torch.ones(LANDMARKS, 3))
+        self.input = nn.Linear(scene_width + 3 * LANDMARKS, width)
+        self.blocks = nn.Sequential(*[ResidualMLP(width) for _ in range(blocks)])
+
+    def forward(self, scene=None, landmarks=None, drop=None):
+        """scene (B, S), landmarks (B, T, 478, 3), either or both None; `drop` (B,) bool marks rows that lose both.
+
+        Returns the conditioning (B, T, D); where the landmarks are None, T is 1, and where both are, B is 1 too."""
+        scene = self.null_scene[None] if scene is None else scene * self.null_scene.numel() ** 0.5
+        landmarks = self.null_landmarks[None, None] if landmarks is None else \
+            (landmarks - self.landmark_mean) / self.landmark_std
+        if drop is not None:
+            scene = torch.where(drop[:, None], self.null_scene, scene)
+            landmarks = torch.where(drop[:, None, None, None], self.null_landmarks, landmarks)
+        B, T = max(len(scene), len(landmarks)), landmarks.shape[1]
+        scene, landmarks = scene[:, None].expand(B, T, -1), landmarks.flatten(2).expand(B, T, -1)
+        return self.blocks(self.input(torch.cat([scene, landmarks], -1)))       # (B, T, D)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+def override(x, anchor):
+    """Eq. 3: the anchor slot of every row becomes that of row 0. x (B, T, ...); `anchor` a slot, or None for nothing."""
+    if anchor is None:
+        return x
+    return torch.cat([x[:, :anchor], x[:1, anchor:anchor + 1].expand_as(x[:, anchor:anchor + 1]), x[:, anchor + 1:]], 1)
+
+
+class SDiT(nn.Module):
+    """Denoiser of T frames at once (paper 3.1). Parameter names follow DiT's published checkpoints."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, D = config, config.width
+        self.x_embedder = PatchEmbed(config.latent_channels, config.patch, D)
+        self.t_embedder = TimestepEmbedder(D)
+        self.mapping = Mapping(D, config.scene_width)
+        self.blocks = nn.ModuleList([Block(D, config.heads) for _ in range(config.depth)])
+        self.final_layer = FinalLayer(D, config.patch ** 2 * 2 * config.latent_channels)
+        position = spatial_encoding(D, config.latent_size // config.patch)
+        self.register_buffer("position", position, persistent=False)                                       # (N, D)
+        self.register_buffer("time_position", sinusoid(D, torch.arange(config.frames)), persistent=False)  # (T, D)
+        self.initialise()
+
+    def initialise(self):
+        """All initialisation, in forward order. Paper D: "standard weight initialization techniques from ViT"; read as
+        DiT does it: Xavier, with every block the identity and the output zero at the start."""
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+        w = self.x_embedder.proj.weight
+        nn.init.xavier_uniform_(w.view(w.shape[0], -1))                         # a linear layer that is written as a convolution
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for i in (0, 2):
+            nn.init.normal_(self.t_embedder.mlp[i].weight, std=0.02)
+        nn.init.normal_(self.mapping.null_scene, std=0.02)
+        nn.init.normal_(self.mapping.null_landmarks, std=0.02)
+        for m in (*self.blocks, self.final_layer):                              # adaLN-Zero
+            nn.init.zeros_(m.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def embed(self, latents, slots):
+        """Tokens (B, T, N, D) of latents (B, T, C, H, W) whose frames sit in `slots`, T numbers.
+
+        The temporal encoding (paper 3.1: TPE_1 ... TPE_T) is that of the slot, added here, at the input: the paper does
+        not say where, and leaves real time to the conditioning."""
+        position = self.position[None] + self.time_position[list(slots)][:, None]                  # (T, N, D)
+        return self.x_embedder(latents) + position
+
+    def unpatchify(self, x):
+        """(B, T, N, p * p * 2C) -> (B, T, 2C, H, W)."""
+        p, side = self.config.patch, self.config.latent_size // self.config.patch
+        x = x.unflatten(2, (side, side)).unflatten(4, (p, p, -1))               # (B, T, h, w, p, p, 2C)
+        return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+    def forward(self, latents, timesteps, conditioning, anchor=None):
+        """One denoising evaluation, and the definition of anchoring.
+
+        latents (B, T, C, H, W), timesteps (B,) integers in 0..999, conditioning (B, T, D) from `self.mapping`. With
+        `anchor`, a slot, the anchor's tokens and conditioning in rows 1.. are overridden by those of row 0 after the
+        input embedding and after every block (Eq. 3; 3.2: "in all layers throughout the model architecture").
+        Returns (B, T, 2C, H, W): the noise, then v, from which `NoiseSchedule.log_variance` makes the learned sigma."""
+        c = override(self.t_embedder(timesteps)[:, None] + conditioning, anchor)       # (B, T, D)
+        x = override(self.embed(latents, range(latents.shape[1])), anchor)             # (B, T, N, D)
+        for block in self.blocks:
+            x = override(block(x, c)[0], anchor)
+        return self.unpatchify(self.final_layer(x, c))
+
+    def forward_first(self, latents, timesteps, conditioning, anchor):
+        """`forward` of row 0 alone, (1, T, ...): what it makes of its anchor is what all rows read.
+
+        Returns the output (1, T, 2C, H, W) and the keys and values of the anchor in every block,
+        (depth, 2, 1, heads, N, D / heads): one step of the anchor bank."""
+        return self._forward_bank(latents, timesteps, conditioning, range(latents.shape[1]), anchor, None)
+
+    def forward_rest(self, latents, timesteps, conditioning, anchor, anchor_kv):
+        """`forward` of rows 1.. without their anchor slots: latents (B, T - 1, C, H, W) -> (B, T - 1, 2C, H, W).
+
+        The same function as `forward` with `anchor`: what rows 1.. compute for their anchor is thrown away in every
+        layer, so they need only read its keys and values, `anchor_kv` from `forward_first` at the same timestep."""
+        slots = [s for s in range(latents.shape[1] + 1) if s != anchor]
+        return self._forward_bank(latents, timesteps, conditioning, slots, None, anchor_kv)[0]
+
+    def _forward_bank(self, latents, timesteps, conditioning, slots, anchor, anchor_kv):
+        c = self.t_embedder(timesteps)[:, None] + conditioning
+        x, kept = self.embed(latents, slots), []
+        for i, block in enumerate(self.blocks):
+            x, kv = block(x, c, anchor, None if anchor_kv is None else anchor_kv[i])
+            kept.append(kv)
+        return self.unpatchify(self.final_layer(x, c)), None if anchor is None else torch.stack(kept)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The diffusion process
+
+class NoiseSchedule:
+    """DiT's process (paper D: "We retain diffusion hyperparameters from DiT, including t_max = 1000 and a learned sigma
+    routine"): beta from 1e-4 to 0.02, linear. All attributes are float64 tensors (1000,)."""
+
+    steps = 1000
+
+    def __init__(self, device="cpu"):
+        self.beta = torch.linspace(1e-4, 0.02, self.steps, dtype=torch.float64)
+        self.alpha_bar = torch.cumprod(1 - self.beta, 0)
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
+        # q(x_{t-1} | x_t, x_0) = N(mean_x0 * x_0 + mean_xt * x_t, posterior): DDPM, Eq. 6 and 7
+        self.posterior = self.beta * (1 - previous) / (1 - self.alpha_bar)
+        self.mean_x0 = self.beta * previous.sqrt() / (1 - self.alpha_bar)
+        self.mean_xt = (1 - previous) * (1 - self.beta).sqrt() / (1 - self.alpha_bar)
+        self.posterior[0] = self.posterior[1]                                   # it is 0 at t = 0, and its logarithm is needed
+        for name, value in vars(self).items():
+            setattr(self, name, value.to(device))
+
+    def at(self, values, t, like):
+        """values (1000,) at timesteps t (B,), shaped to multiply `like` (B, ...)."""
+        return values[t].to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+
+    def add_noise(self, x0, noise, t):
+        """x_t of clean latents x0 (B, ...) at timesteps t (B,)."""
+        return self.at(self.alpha_bar.sqrt(), t, x0) * x0 + self.at((1 - self.alpha_bar).sqrt(), t, x0) * noise
+
+    def predict_x0(self, xt, noise, t):
+        """The clean latents that x_t and its noise imply."""
+        return (xt - self.at((1 - self.alpha_bar).sqrt(), t, xt) * noise) / self.at(self.alpha_bar.sqrt(), t, xt)
+
+    def log_variance(self, v, t):
+        """Learned sigma: v in -1..1 interpolates between the logarithms of the posterior variance and of beta
+        (Improved DDPM, Eq. 15)."""
+        low, high = self.at(self.posterior.log(), t, v), self.at(self.beta.log(), t, v)
+        return low + (v + 1) / 2 * (high - low)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The autoencoder: Stable Diffusion's AutoencoderKL (paper 3.1 and D), by hand, with the names of its published weights
+
+@dataclass
+class AutoencoderConfig:
+    """The defaults are the network of sd-vae-ft-mse and sd-vae-ft-ema: 256 pixels -> 4 x 32 x 32."""
+    widths: tuple = (128, 256, 512, 512)           # one level each; every level but the last halves the picture
+    layers: int = 2                                # residual blocks a level (the decoder has one more)
+    latent_channels: int = 4
+    groups: int = 32
+    scale: float = 0.18215                         # latents are multiplied by it, so that their spread is about 1
+
+    @property
+    def factor(self):
+        """Pixels a side for one latent."""
+        return 2 ** (len(self.widths) - 1)
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, inputs, outputs, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, inputs, eps=1e-6)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, outputs, eps=1e-6)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        if inputs != outputs:
+            self.conv_shortcut = nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x):
+        y = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        return y + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class SpatialAttention(nn.Module):
+    def __init__(self, width, groups):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x):
+        y = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]              # (B, 1, HW, width): a single head
+        y = self.to_out[0](F.scaled_dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y)))
+        return x + y[:, 0].transpose(1, 2).view_as(x)
+
+
+class Downsample(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))                                # right and bottom only, as published
+
+
+class Upsample(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, then a halving or doubling of it; the names are those of the published files."""
+
+    def __init__(self, inputs, outputs, layers, groups, resample=None):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResnetBlock(outputs if i else inputs, outputs, groups) for i in range(layers)])
+        if resample is Downsample:
+            self.downsamplers = nn.ModuleList([Downsample(outputs)])
+        elif resample is Upsample:
+            self.upsamplers = nn.ModuleList([Upsample(outputs)])
+
+    def forward(self, x):
+        for m in (*self.resnets, *getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
+            x = m(x)
+        return x
+
+
+class MidBlock(nn.Module):
+    def __init__(self, width, groups):
+        super().__init__()
+        self.attentions = nn.ModuleList([SpatialAttention(width, groups)])
+        self.resnets = nn.ModuleList([ResnetBlock(width, width, groups) for _ in range(2)])
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        w, last = c.widths, len(c.widths) - 1
+        self.conv_in = nn.Conv2d(3, w[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList([Level(w[max(i - 1, 0)], w[i], c.layers, c.groups, Downsample if i < last else None)
+                                          for i in range(len(w))])
+        self.mid_block = MidBlock(w[-1], c.groups)
+        self.conv_norm_out = nn.GroupNorm(c.groups, w[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(w[-1], 2 * c.latent_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        w, last = c.widths[::-1], len(c.widths) - 1
+        self.conv_in = nn.Conv2d(c.latent_channels, w[0], 3, padding=1)
+        self.mid_block = MidBlock(w[0], c.groups)
+        self.up_blocks = nn.ModuleList([Level(w[max(i - 1, 0)], w[i], c.layers + 1, c.groups, Upsample if i < last else None)
+                                        for i in range(len(w))])
+        self.conv_norm_out = nn.GroupNorm(c.groups, w[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(w[-1], 3, 3, padding=1)
+
+    def forward(self, x):
+        x = self.mid_block(self.conv_in(x))
+        for level in self.up_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """Pixels (.., 3, H * f, W * f) in [-1, 1] <-> latents (.., C, H, W) of spread about 1. Nothing outside this class knows
+    the scale of latents."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, channels = config, config.latent_channels
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1)
+
+    def moments(self, images):
+        """images (B, 3, h, w) -> mean and log-variance of the unscaled latents, (B, C, H, W) each; for its training."""
+        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, 1)
+        return mean, logvar.clamp(-30, 20)
+
+    def reconstruct(self, z):
+        """Images of unscaled latents z (B, C, H, W); for its training."""
+        return self.decoder(self.post_quant_conv(z))
+
+    def encode(self, images):
+        """Latents of images: the mean, not a draw (paper silent; the cache stays deterministic)."""
+        return self.moments(images.flatten(0, -4))[0].unflatten(0, images.shape[:-3]) * self.config.scale
+
+    def decode(self, latents):
+        return self.reconstruct(latents.flatten(0, -4) / self.config.scale).unflatten(0, latents.shape[:-3]).clamp(-1, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+def write_tensors(path, tensors, config):
+    """Write a safetensors file whose metadata is `config` as JSON; the name appears only when the file is whole."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"config": json.dumps(config)})
+    os.replace(temporary, path)
+
+
+def read_tensors(path):
+    """(tensors, config) of a file from `write_tensors`."""
+    if not Path(path).is_file():
+        raise UserError(f"no such model file: {path}")
+    try:
+        with safetensors.safe_open(path, "pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("config", "{}"))
+    except safetensors.SafetensorError as e:
+        raise UserError(f"{path} is not a whole safetensors file ({e}); make or fetch it again") from None
+
+
+def fill(model, tensors, path):
+    """Give `model` the weights `tensors` read from `path`, in the model's precision; names and shapes must agree."""
+    for name, parameter in model.state_dict().items():
+        if name not in tensors or tensors[name].shape != parameter.shape:
+            found = f"is {tuple(tensors[name].shape)}" if name in tensors else "is missing"
+            raise UserError(f"{path} does not fit this network: {name} {found}, expected {tuple(parameter.shape)}")
+    extra = sorted(set(tensors) - set(model.state_dict()))
+    if extra:
+        raise UserError(f"{path} does not fit this network: it has {extra[0]}, which the network lacks")
+    model.load_state_dict(tensors)
+    return model
+
+
+def save_model(path, model, dtype=torch.float32):
+    """Save an SDiT or an AutoencoderKL with its configuration."""
+    write_tensors(path, {k: v.to(dtype) for k, v in model.state_dict().items()}, dataclasses.asdict(model.config))
+
+
+def _load(path, device, network, config_class):
+    tensors, config = read_tensors(path)
+    if set(config) != {f.name for f in dataclasses.fields(config_class)}:
+        raise UserError(f"{path} is not a file of the {network.__name__}: its metadata does not hold that network's configuration")
+    return fill(network(config_class(**config)), tensors, path).to(device).eval().requires_grad_(False)
+
+
+def load_model(path, device="cpu"):
+    """The SDiT of a model file, float32, in evaluation mode; its configuration is `model.config`."""
+    return _load(path, device, SDiT, SDiTConfig)
+
+
+def load_autoencoder(path, device="cpu"):
+    """The AutoencoderKL of a model file, frozen (paper 3.1)."""
+    return _load(path, device, AutoencoderKL, AutoencoderConfig).to(memory_format=torch.channels_last)
+
+
+@functools.cache
+def sha256(path):
+    """Hex digest of a file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def find_weights(name, digest, beside):
+    """Path of the file `name` with the sha256 `digest`: beside the model file `beside`, then in the download folder."""
+    folders = [Path(beside).parent, Path.home() / ".cache" / "anchored-diffusion"]
+    for path in (folder / name for folder in folders):
+        if path.is_file() and sha256(path) == digest:
+            return path
+    raise UserError(f"{beside} was trained with {name} (sha256 {digest[:12]}...), which is neither beside it nor in "
+                    f"{folders[1]}; put that file there")

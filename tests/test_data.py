@@ -1,0 +1,241 @@
+"""Data: true timing of real video files, the face crop, the expressive mask, records and training rows."""
+import json
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import sdit
+from conftest import write_video
+
+
+def shades(M, h=64, w=96):
+    """Frames of rising brightness, the left half darker than the right, so that order and rotation can be read off."""
+    frames = np.full((M, h, w, 3), 0, np.uint8) + (20 + np.arange(M) * 200 // max(M - 1, 1)).astype(np.uint8)[:, None, None, None]
+    frames[:, :, :w // 2] //= 2
+    return frames
+
+
+def test_constant_rate_ntsc(tmp_path):
+    path, frames = tmp_path / "ntsc.mp4", shades(30)
+    write_video(path, frames, Fraction(30000, 1001))
+    video = data.Video(path)
+    read = np.stack(list(video))
+    assert video.fps == Fraction(30000, 1001) and len(video) == 30 and read.shape == frames.shape
+    assert abs(read.astype(int) - frames).mean() < 3
+
+
+def test_variable_rate_is_resampled_by_time(tmp_path):
+    times = np.concatenate([np.arange(10) / 30, 10 / 30 + np.arange(10) / 10])  # ten frames fast, ten slow
+    write_video(tmp_path / "vfr.mp4", shades(20), 30, times=times)
+    video = data.Video(tmp_path / "vfr.mp4")
+    read = np.stack(list(video))
+    assert len(read) == len(video) == 20 and abs(float(video.fps) - 19 / times[-1]) < 0.1
+    shown = [np.searchsorted(times, k / float(video.fps) + 2e-5, "right") - 1 for k in range(20)]
+    assert abs(read.astype(int) - shades(20)[shown]).mean() < 3 and len(set(shown)) < 20
+
+
+def test_rotation_is_applied(tmp_path):
+    path, frames = tmp_path / "phone.mp4", shades(3)
+    write_video(path, frames)
+    raw = bytearray(path.read_bytes())
+    at = raw.index(b"tkhd") + 4 + 40                                            # the display matrix of the first track
+    raw[at:at + 36] = np.array([0, 0x10000, 0, -0x10000, 0, 0, 64 << 16, 0, 0x40000000], ">i4").tobytes()
+    path.write_bytes(raw)
+    read = next(iter(data.Video(path)))
+    assert read.shape == (96, 64, 3)
+    assert read[:40].mean() < 0.7 * read[56:].mean()                            # turned clockwise: the dark left half is on top
+
+
+def test_what_is_not_a_video(tmp_path):
+    for name, content, message in (("text.mp4", b"hello" * 100, "not a video"), ("empty.mp4", b"", "not a video")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(sdit.UserError, match=message):
+            data.Video(tmp_path / name)
+    with pytest.raises(sdit.UserError, match="no such file"):
+        data.Video(tmp_path / "none.mp4")
+    with av.open(str(tmp_path / "sound.mp4"), "w") as out:
+        voice = out.add_stream("aac", rate=44100)
+        tone = av.AudioFrame.from_ndarray(np.zeros((1, 44100), np.float32), "fltp", "mono")
+        tone.rate = 44100
+        out.mux(voice.encode(tone))
+        out.mux(voice.encode(None))
+    with pytest.raises(sdit.UserError, match="no video stream"):
+        data.Video(tmp_path / "sound.mp4")
+
+
+def probe(path):
+    with av.open(str(path)) as f:
+        sound = [(s.codec_context.name, float(sum(p.duration for p in f.demux(s)) * s.time_base)) for s in f.streams.audio]
+        return f.streams.video[0].average_rate, dict(f.metadata), sound
+
+
+@pytest.mark.parametrize("rate", [25, Fraction(30000, 1001)])
+def test_writer_keeps_frames_rate_sound_and_says_synthetic(tmp_path, rate):
+    driving = write_video(tmp_path / "driving.mp4", shades(50), rate, sound=True)
+    with data.VideoWriter(tmp_path / "out.mp4", rate, "synthetic", driving) as out:
+        for frame in shades(50, 32, 32):
+            out.write(frame)
+    found, metadata, sound = probe(tmp_path / "out.mp4")
+    assert found == rate and metadata["comment"] == "synthetic" and len(list(data.Video(tmp_path / "out.mp4"))) == 50
+    (codec, seconds), = sound
+    assert codec == "aac" and abs(seconds - 50 / rate) < 0.1
+    with data.VideoWriter(tmp_path / "part.mp4", rate, "", driving, (0.4, 1.2)) as out:
+        out.write(shades(1, 32, 32)[0])
+    assert abs(probe(tmp_path / "part.mp4")[2][0][1] - 0.8) < 0.06
+
+
+def test_writer_leaves_nothing_after_a_failure(tmp_path):
+    (tmp_path / "out.mp4").write_bytes(b"older")
+    with pytest.raises(RuntimeError):
+        with data.VideoWriter(tmp_path / "out.mp4", 25) as out:
+            out.write(shades(1, 32, 32)[0])
+            raise RuntimeError
+    assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"] and (tmp_path / "out.mp4").read_bytes() == b"older"
+    with pytest.raises(sdit.UserError, match="cannot write"):
+        with data.VideoWriter(tmp_path / "out.nonsense", 25):
+            pass
+
+
+def test_pictures_of_all_kinds(tmp_path):
+    grey = np.tile(np.linspace(0, 255, 40).astype(np.uint8), (20, 1))
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.fromarray(np.dstack([grey, grey, grey, np.full_like(grey, 0)])).save(tmp_path / "clear.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6                                                          # the camera was held upright
+    Image.fromarray(np.dstack([grey] * 3)).save(tmp_path / "turned.png", exif=turned)
+    assert abs(data.read_picture(tmp_path / "grey.png")[..., 0].astype(int) - grey).max() == 0
+    assert abs(data.read_picture(tmp_path / "deep.png")[..., 0].astype(int) - grey).max() <= 1
+    assert (data.read_picture(tmp_path / "clear.png") == 255).all()
+    assert data.read_picture(tmp_path / "turned.png").shape == (40, 20, 3)
+    (tmp_path / "x.png").write_bytes(b"no picture")
+    assert data.read_picture(tmp_path / "x.png") is None
+
+
+def test_crop_mirrors_outside_and_landmarks_follow(clip, landmarker):
+    image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    cut = data.crop(image, (-2, 0, 6))
+    assert (cut[:4, 2:] == image).all() and (cut[:4, 1] == image[:, 1]).all() and (cut[4] == cut[2]).all()
+    tracked = data.track(clip[0], landmarker, "clip")
+    assert tracked.found.all() and tracked.landmarks.shape == (12, 478, 3)
+    box = np.median(np.ptp(tracked.landmarks[:, :468, :2], 1), 0)
+    assert max(box / (data.FACE_WIDTH, data.FACE_HEIGHT)) == pytest.approx(1, abs=0.02)
+    centre = np.median((tracked.landmarks[:, :468, :2].min(1) + tracked.landmarks[:, :468, :2].max(1)) / 2, 0)
+    assert abs(centre - 0.5).max() < 0.02
+    again = landmarker.landmarks(data.crop(clip[0][3], tracked.square, 256)) / 256  # found in the crop itself: the same place
+    assert np.abs(again - tracked.landmarks[3])[:, :2].mean() < 0.01
+
+
+def test_missed_frames_are_interpolated_and_counted(clip, landmarker):
+    frames = clip[0].copy()
+    frames[4:6] = 127
+    tracked, whole = data.track(frames, landmarker, "clip"), data.track(clip[0], landmarker, "clip")
+    assert len(tracked.found) == 12 and np.flatnonzero(~tracked.found).tolist() == [4, 5]
+    step = tracked.landmarks[4] - tracked.landmarks[3]
+    np.testing.assert_allclose(tracked.landmarks[6] - tracked.landmarks[3], 3 * step, atol=1e-5)
+    np.testing.assert_allclose(tracked.landmarks[7], whole.landmarks[7], atol=0.02)
+    with pytest.raises(sdit.UserError, match="no face found in blank"):
+        data.track(np.full((3, 64, 64, 3), 127, np.uint8), landmarker, "blank")
+
+
+def test_a_small_face_is_found_and_the_same_person_followed(clip, landmarker):
+    scene = np.full((480, 854, 3), 90, np.uint8)
+    scene[40:168, 60:188] = clip[0][0]                                          # about 70 pixels high: too small for the mesh alone
+    assert landmarker.landmarks(scene) is None
+    points = landmarker(scene)
+    assert 60 < points[:, 0].min() and points[:, 0].max() < 188
+    scene[200:456, 500:756] = np.kron(clip[0][5], np.ones((2, 2, 1), np.uint8))
+    assert landmarker(scene)[:, 0].min() > 500                                  # the largest
+    assert landmarker(scene, near=points)[:, 0].max() < 188                     # the one followed
+
+
+def test_expressive_points_and_mask():
+    from mediapipe.python.solutions import face_mesh_connections as facts
+    points = lambda *sets: {i for s in sets for pair in s for i in pair}
+    assert set(data.LIPS) == points(facts.FACEMESH_LIPS) and len(data.LIPS) == 40
+    assert set(data.RIGHT_EYE) == points(facts.FACEMESH_RIGHT_EYE) and set(data.LEFT_EYE) == points(facts.FACEMESH_LEFT_EYE)
+    assert len(set(data.EXPRESSIVE)) == 82
+    landmarks = np.zeros((478, 3), np.float32)
+    angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    square = lambda n: np.array([(0, 0), (1, 0), (1, 1), (0, 1)])[np.arange(n) % 4]
+    landmarks[data.LIPS, :2] = 0.5 + 0.25 * square(40)                          # half of each of 8 x 8 cells ... of a quarter
+    for part in (data.RIGHT_EYE + data.IRISES[:5], data.LEFT_EYE + data.IRISES[5:]):
+        landmarks[part, :2] = 0.25 + 0.125 * square(21)
+    mask = data.expressive_mask(landmarks, 8) / 255.0
+    expected = np.zeros((8, 8))
+    expected[4:6, 4:6] = expected[2, 2] = 1
+    assert abs(mask - expected).max() < 0.1 and angle.size == 40
+
+
+def test_source_is_the_furthest_frame_and_never_a_target():
+    """Paper 3.1: "furthest in time from the chosen sequence ... either the first or last frame of the entire video"."""
+    rng, ends = np.random.default_rng(0), set()
+    for _ in range(500):
+        M, T = int(rng.integers(10, 40)), 8
+        times, source = data.choose_frames(rng, M, T)
+        assert len(set(times)) == T and (np.diff(times) > 0).all()
+        distance = [min(abs(times - f)) for f in range(M)]
+        assert source in (0, M - 1) and distance[source] == max(distance[0], distance[M - 1])
+        assert distance[source] > 0
+        ends.add(source == 0)
+    assert ends == {True, False}
+    gaps = np.concatenate([np.diff(data.choose_frames(rng, 40, 8)[0]) for _ in range(200)])
+    assert gaps.min() == 1 and gaps.max() > 10 and gaps.std() > 2               # non-uniform
+
+
+def record(M, value, C=4, H=8, S=16):
+    return dict(latent=np.full((M, C, H, H), value, np.float16) + np.arange(M, dtype=np.float16)[:, None, None, None] / 64,
+                landmarks=np.random.default_rng(value).random((M, 478, 3)).astype(np.float16), found=np.ones(M, bool),
+                weight=np.full((M, H, H), 51, np.uint8), scene=np.stack([np.full(S, value), np.full(S, -value)]).astype(np.float16),
+                fps=np.array([25, 1]))
+
+
+def test_cache_rows(tmp_path):
+    writer = data.CacheWriter(tmp_path, dict(size=32), clips_per_shard=3)
+    for value in range(1, 6):
+        writer.add(record(12 if value < 5 else 9, value))                       # the last is too short for rows of 8
+    assert not (tmp_path / "index.json").exists()
+    writer.close()
+    assert [s["clips"] for s in json.loads((tmp_path / "index.json").read_text())["shards"]] == [3, 2]
+    rows = data.Rows(tmp_path, 8, seed=1)
+    assert len(rows) == 4
+    seen = [rows[n] for n in range(8)]
+    for row in seen:
+        assert row["latents"].shape == (8, 4, 8, 8) and row["landmarks"].shape == (8, 478, 3)
+        value = int(row["latents"][0, 0, 0, 0])
+        times = ((row["latents"][:, 0, 0, 0] - value) * 64).round()
+        assert row["scene"][0].abs() == value
+        first = times[0] >= 11 - times[-1]
+        assert (row["scene"][0] > 0) == first                                   # the scene is the furthest end's
+        assert torch.allclose(row["mask"], torch.tensor(0.2))
+    assert sorted(int(r["latents"][0, 0, 0, 0]) for r in seen[:4]) == [1, 2, 3, 4]      # every clip once an epoch
+    again = data.Rows(tmp_path, 8, seed=1)[5]
+    assert all(torch.equal(again[k], seen[5][k]) for k in again)                # a function of (seed, n) alone
+    with pytest.raises(sdit.UserError, match="no cache in"):
+        data.Rows(tmp_path / "none", 8)
+    with pytest.raises(sdit.UserError, match="no clip in"):
+        data.Rows(tmp_path, 11)
+
+
+def test_caching_from_videos(tmp_path, clip, monkeypatch, capsys):
+    """`python data.py`: a good clip, a faceless one, a broken one."""
+    (tmp_path / "clips" / "a").mkdir(parents=True)
+    write_video(tmp_path / "clips" / "a" / "good.mp4", clip[0], 12)
+    write_video(tmp_path / "clips" / "faceless.mp4", shades(5), 12)
+    (tmp_path / "clips" / "broken.mp4").write_bytes(b"no")
+    monkeypatch.setattr("sys.argv", ["data.py", str(tmp_path / "clips"), "--out", str(tmp_path / "cache")])
+    data.main()
+    assert "1 clips" in capsys.readouterr().out
+    entries = {e["file"]: e for e in map(json.loads, open(tmp_path / "cache" / "manifest.jsonl"))}
+    assert entries["a/good.mp4"]["frames"] == 12 and entries["a/good.mp4"]["missed"] == 0
+    assert "no face" in entries["faceless.mp4"]["rejected"] and "not a video" in entries["broken.mp4"]["rejected"]
+    row = data.Rows(tmp_path / "cache", 8)[0]
+    assert row["latents"].shape == (8, 6, 16, 16) and 0.3 < row["latents"].std() < 3
+    assert row["scene"].norm() == pytest.approx(1, abs=0.01) and 0.01 < row["mask"].mean() < 0.2
+    with pytest.raises(sdit.UserError, match="already holds a cache"):
+        data.main()

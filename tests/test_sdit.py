@@ -1,0 +1,166 @@
+"""The model: names and shapes of published weights, the override in every layer, per-frame conditioning, files."""
+import math
+
+import pytest
+import torch
+
+import sdit
+from conftest import random_sdit
+
+
+def test_autoencoder_is_the_published_network():
+    with torch.device("meta"):
+        state = sdit.AutoencoderKL(sdit.AutoencoderConfig()).state_dict()
+    assert len(state) == 248 and sum(p.numel() for p in state.values()) == 83_653_863
+    assert state["encoder.down_blocks.1.resnets.0.conv_shortcut.weight"].shape == (256, 128, 1, 1)
+    assert state["encoder.mid_block.attentions.0.to_out.0.weight"].shape == (512, 512)
+    assert state["decoder.up_blocks.2.resnets.2.conv1.weight"].shape == (256, 256, 3, 3)
+    assert state["decoder.up_blocks.0.upsamplers.0.conv.weight"].shape == (512, 512, 3, 3)
+    assert "decoder.up_blocks.3.upsamplers.0.conv.weight" not in state
+    assert state["quant_conv.weight"].shape == (8, 8, 1, 1) and state["post_quant_conv.weight"].shape == (4, 4, 1, 1)
+
+
+def test_transformer_has_the_names_of_dit():
+    with torch.device("meta"):
+        state = sdit.SDiT(sdit.make_config("XL/2")).state_dict()
+    assert state["x_embedder.proj.weight"].shape == (1152, 4, 2, 2)
+    assert state["t_embedder.mlp.0.weight"].shape == (1152, 256)
+    assert state["blocks.27.attn.qkv.weight"].shape == (3456, 1152)
+    assert state["blocks.27.mlp.fc2.weight"].shape == (1152, 4608)
+    assert state["blocks.27.adaLN_modulation.1.weight"].shape == (6912, 1152)
+    assert state["final_layer.linear.weight"].shape == (32, 1152)
+    assert state["final_layer.adaLN_modulation.1.bias"].shape == (2304,)
+    blocks = sum(v.numel() for k, v in state.items() if not k.startswith("mapping."))
+    assert blocks == 675_129_632 - 1001 * 1152 - 256 * 1152                    # DiT-XL/2 without class table and position table
+
+
+def test_sizes_by_name():
+    for size in ("S/8", "B/4", "L/2", "XL/2", "demo"):
+        assert sdit.make_config(size, frames=4).frames == 4
+    assert sdit.make_config("B/4").tokens == 64
+    with pytest.raises(sdit.UserError, match="XL/2"):
+        sdit.make_config("M/2")
+
+
+def test_output_shape_and_patch_order():
+    model = random_sdit(frames=3)
+    B, T, C, H = 2, 3, 4, 8
+    out = model(torch.randn(B, T, C, H, H), torch.tensor([3, 500]), torch.randn(B, T, 32))
+    assert out.shape == (B, T, 2 * C, H, H)
+    tokens = torch.randn(B, T, 16, 2 * 2 * 2 * C)
+    image = model.unpatchify(tokens)
+    # token (row 1, column 2), pixel (1, 0) of its patch, channel 5: numbers are ordered (pixel row, pixel column, channel)
+    assert torch.equal(image[:, :, 5, 1 * 2 + 1, 2 * 2 + 0], tokens[:, :, 1 * 4 + 2, (1 * 2 + 0) * 2 * C + 5])
+
+
+def test_anchor_is_overridden_in_every_layer():
+    """Paper 3.2: "in all layers throughout the model architecture"."""
+    model, anchor, seen = random_sdit(frames=4, depth=3), 2, []
+    for m in (*model.blocks, model.final_layer):
+        m.register_forward_pre_hook(lambda m, args: seen.append(args))
+    out = model(torch.randn(3, 4, 4, 8, 8), torch.full((3,), 100), torch.randn(3, 4, 32), anchor)
+    assert len(seen) == 4
+    for x, c, *_ in seen:
+        for tensor in (x, c):
+            assert torch.equal(tensor[1:, anchor], tensor[:1, anchor].expand_as(tensor[1:, anchor]))
+            assert not torch.equal(tensor[1, 0], tensor[0, 0])
+    assert torch.equal(out[1, anchor], out[0, anchor]) and not torch.equal(out[1, 0], out[0, 0])
+
+
+def test_rows_read_the_anchor_but_never_change_row_0():
+    model = random_sdit(frames=4)
+    x, c, t = torch.randn(2, 4, 4, 8, 8), torch.randn(2, 4, 32), torch.full((2,), 100)
+    alone = model(x[:1], t[:1], c[:1])
+    together = model(x, t, c, anchor=2)
+    torch.testing.assert_close(together[:1], alone)
+    assert (together[1] - model(x[1:], t[1:], c[1:])[0]).abs().max() > 1e-3
+
+
+def test_conditioning_is_per_frame():
+    """Without attention no frame hears of another, so the conditioning of a frame may change that frame alone."""
+    model = random_sdit(frames=4)
+    for block in model.blocks:
+        torch.nn.init.zeros_(block.attn.proj.weight)
+    x, c, t = torch.randn(1, 4, 4, 8, 8), torch.randn(1, 4, 32), torch.tensor([100])
+    changed = c.clone()
+    changed[0, 1] += 1
+    moved = (model(x, t, changed) - model(x, t, c)).abs().amax((0, 2, 3, 4))
+    assert moved[1] > 1e-3 and moved[[0, 2, 3]].max() == 0
+
+
+def test_slots_have_a_temporal_encoding():
+    model = random_sdit(frames=4)
+    x, c = torch.randn(1, 1, 4, 8, 8).expand(1, 4, -1, -1, -1), torch.randn(1, 1, 32).expand(1, 4, -1)
+    out = model(x, torch.tensor([100]), c)[0]
+    gaps = (out[:, None] - out[None]).abs().amax((2, 3, 4))
+    assert gaps[~torch.eye(4, dtype=bool)].min() > 1e-3
+    assert torch.equal(model.time_position[0], torch.cat([torch.zeros(16), torch.ones(16)]))
+
+
+def test_attention_is_over_space_and_time():
+    model = random_sdit(frames=4)
+    x, c, t = torch.randn(1, 4, 4, 8, 8), torch.randn(1, 4, 32), torch.tensor([100])
+    changed = x.clone()
+    changed[0, 3, :, 7, 7] += 1                                                 # one patch of the last frame
+    assert (model(changed, t, c) - model(x, t, c)).abs()[0, 0, :, :2, :2].max() > 1e-5
+
+
+def test_mapping_nulls_and_drop():
+    mapping = random_sdit(frames=4).mapping
+    scene, landmarks = torch.nn.functional.normalize(torch.randn(2, 16), dim=1), torch.rand(2, 4, 478, 3)
+    both = mapping(scene, landmarks)
+    assert both.shape == (2, 4, 32)
+    assert mapping(scene).shape == (2, 1, 32) and mapping(None, landmarks).shape == (2, 4, 32) and mapping().shape == (1, 1, 32)
+    dropped = mapping(scene, landmarks, torch.tensor([True, False]))
+    torch.testing.assert_close(dropped[0], mapping()[0].expand(4, -1))
+    torch.testing.assert_close(dropped[1], both[1])
+    moved = landmarks.clone()
+    moved[0, 2] += 0.1
+    changes = (mapping(scene, moved) - both).abs().amax(2)
+    assert changes[0, 2] > 1e-4 and (changes > 0).sum() == 1
+
+
+def test_noise_schedule_closed_forms():
+    s = sdit.NoiseSchedule()
+    assert s.beta[0] == 1e-4 and math.isclose(s.beta[-1], 0.02) and len(s.beta) == 1000
+    x0, noise, t = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.tensor([10, 900])
+    xt = s.add_noise(x0, noise, t)
+    torch.testing.assert_close(s.predict_x0(xt, noise, t), x0, rtol=1e-4, atol=1e-4)
+    # the posterior's mean of x_t without noise is x_{t-1} without noise
+    clean = s.alpha_bar.sqrt()
+    assert torch.allclose(s.mean_x0[1:] + s.mean_xt[1:] * clean[1:], clean[:-1], atol=1e-12)
+    low, high = s.log_variance(torch.tensor([-1.0, 1.0]), torch.tensor([500, 500]))
+    assert math.isclose(low, math.log(s.posterior[500]), rel_tol=1e-6) and math.isclose(high, math.log(s.beta[500]), rel_tol=1e-6)
+
+
+def test_autoencoder_owns_the_scale():
+    torch.manual_seed(0)
+    config = sdit.AutoencoderConfig(widths=(8, 16, 16), layers=1, latent_channels=3, groups=4, scale=0.5)
+    model = sdit.AutoencoderKL(config).eval()
+    images = torch.rand(2, 3, 3, 16, 16) * 2 - 1
+    latents = model.encode(images)
+    assert latents.shape == (2, 3, 3, 4, 4) and model.decode(latents).shape == images.shape
+    torch.testing.assert_close(latents[0], model.moments(images[0])[0] * 0.5)
+    torch.testing.assert_close(model.decode(latents)[1], model.reconstruct(latents[1] * 2).clamp(-1, 1))
+
+
+def test_files_round_trip_and_say_what_does_not_fit(tmp_path):
+    model, path = random_sdit(frames=4), tmp_path / "m.safetensors"
+    sdit.save_model(path, model)
+    back = sdit.load_model(path)
+    assert back.config == model.config and all(torch.equal(a, b) for a, b in zip(model.parameters(), back.parameters()))
+    assert not any(p.requires_grad for p in back.parameters())
+    tensors, config = sdit.read_tensors(path)
+    for wrong, message in ((dict(tensors) | {"final_layer.linear.bias": torch.zeros(3)}, "final_layer.linear.bias is \\(3,\\)"),
+                           ({k: v for k, v in tensors.items() if k != "mapping.null_scene"}, "mapping.null_scene is missing"),
+                           (dict(tensors) | {"extra": torch.zeros(1)}, "it has extra")):
+        sdit.write_tensors(path, wrong, config)
+        with pytest.raises(sdit.UserError, match=message):
+            sdit.load_model(path)
+    with pytest.raises(sdit.UserError, match="not a file of the AutoencoderKL"):
+        sdit.load_autoencoder(path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(sdit.UserError, match="not a whole safetensors file"):
+        sdit.load_model(path)
+    with pytest.raises(sdit.UserError, match="no such model file"):
+        sdit.load_model(tmp_path / "none")

@@ -1,0 +1,141 @@
+"""Training: the loss against closed forms, the optimiser's two rates, exact resume."""
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import sdit
+import train
+from conftest import ROOT, random_sdit
+from test_data import record
+
+
+def batch(B=2, T=4):
+    torch.manual_seed(1)
+    return dict(latents=torch.randn(B, T, 4, 8, 8), landmarks=torch.rand(B, T, 478, 3), mask=torch.zeros(B, T, 8, 8),
+                scene=torch.nn.functional.normalize(torch.randn(B, 16), dim=1))
+
+
+def test_expressive_pixels_weigh_more():
+    """Paper 4.1: weight 1 + lambda_ex on the mask, 1 elsewhere; not normalised."""
+    model, schedule, b, t, drop = random_sdit(), sdit.NoiseSchedule(), batch(), torch.tensor([5, 700]), torch.tensor([False] * 2)
+    noise = torch.randn_like(b["latents"])
+    plain, bound = train.diffusion_loss(model, schedule, b, t, noise, drop, 1.0)
+    b["mask"][:, 1, 2:4, 3] = 0.5
+    masked, same = train.diffusion_loss(model, schedule, b, t, noise, drop, 1.0)
+    xt = schedule.add_noise(b["latents"], noise, t)
+    output = model(xt, t, model.mapping(b["scene"], b["landmarks"]))
+    squared = (output[:, :, :4] - noise) ** 2                                   # the target is the noise
+    torch.testing.assert_close(plain, squared.mean((1, 2, 3, 4)))
+    torch.testing.assert_close(masked, plain + 0.5 * squared[:, 1, :, 2:4, 3].sum((1, 2)) / squared[0].numel())
+    torch.testing.assert_close(same, bound)
+    assert torch.equal(train.diffusion_loss(model, schedule, b, t, noise, drop, 0.0)[0], plain)
+
+
+def test_bound_is_the_kl_of_two_normals():
+    schedule, (B, shape) = sdit.NoiseSchedule(), (3, (3, 2, 1, 2, 2))
+    torch.manual_seed(0)
+    x0, noise, wrong, v = (torch.randn(shape, dtype=torch.float64) for _ in range(4))
+    v, t = v.tanh(), torch.tensor([1, 300, 999])
+    xt = schedule.add_noise(x0, noise, t)
+    value = train.variational_bound(schedule, x0, xt, wrong, v, t)
+    normal = torch.distributions.Normal
+    for i in range(B):
+        ab, before, beta = schedule.alpha_bar[t[i]], schedule.alpha_bar[t[i] - 1], schedule.beta[t[i]]
+        posterior = beta * (1 - before) / (1 - ab)
+
+        def mean(clean):                                                        # DDPM, Eq. 7
+            return before.sqrt() * beta / (1 - ab) * clean + (1 - beta).sqrt() * (1 - before) / (1 - ab) * xt[i]
+        guess = (xt[i] - (1 - ab).sqrt() * wrong[i]) / ab.sqrt()
+        sigma = torch.exp((v[i] + 1) / 4 * beta.log() + (1 - v[i]) / 4 * posterior.log())
+        kl = torch.distributions.kl_divergence(normal(mean(x0[i]), posterior.sqrt()), normal(mean(guess), sigma))
+        torch.testing.assert_close(value[i], kl.mean() / math.log(2))
+
+
+def test_bound_at_t_0_is_a_likelihood():
+    schedule = sdit.NoiseSchedule()
+    x0 = torch.full((1, 1, 1, 1, 1), 0.2, dtype=torch.float64)
+    noise, v = torch.zeros_like(x0), torch.zeros_like(x0)
+    xt = schedule.add_noise(x0, noise, torch.tensor([0]))
+    value = train.variational_bound(schedule, x0, xt, noise, v, torch.tensor([0]))
+    sigma = math.exp((math.log(schedule.posterior[0]) + math.log(schedule.beta[0])) / 4)
+    points = np.linspace(0.2 - 1 / 255, 0.2 + 1 / 255, 100_001)
+    density = np.exp(-((points - 0.2) / sigma) ** 2 / 2) / sigma / math.sqrt(2 * math.pi)
+    assert value.item() == pytest.approx(-math.log2(np.trapz(density, points)), rel=1e-4)
+
+
+def test_bound_trains_the_variance_alone():
+    model, schedule, b = random_sdit().requires_grad_(True), sdit.NoiseSchedule(), batch()
+    _, bound = train.diffusion_loss(model, schedule, b, torch.tensor([5, 700]), torch.randn_like(b["latents"]), torch.tensor([False] * 2))
+    bound.sum().backward()
+    grad = model.final_layer.linear.bias.grad.view(2, 2, 2, 4)                  # (p, p, noise or v, C)
+    assert grad[:, :, 0].abs().max() == 0 and grad[:, :, 1].abs().min() > 0
+
+
+def test_draws_are_uniform_and_belong_to_the_step():
+    t, noise, drop = train.draw(0, 3, (20_000, 1), 0.1)
+    assert t.min() == 0 and t.max() == 999 and torch.histc(t.float(), 10).sub(2000).abs().max() < 200
+    assert abs(drop.float().mean() - 0.1) < 0.01 and abs(noise.std() - 1) < 0.02
+    assert torch.equal(train.draw(0, 3, (20_000, 1), 0.1)[1], noise) and not torch.equal(train.draw(0, 4, (20_000, 1), 0.1)[1], noise)
+
+
+def test_dropped_rows_do_not_see_their_conditions():
+    model, schedule, b, t = random_sdit(), sdit.NoiseSchedule(), batch(), torch.tensor([5, 700])
+    noise, drop = torch.randn_like(b["latents"]), torch.tensor([True, False])
+    before = train.diffusion_loss(model, schedule, b, t, noise, drop)[0]
+    b["scene"], b["landmarks"] = -b["scene"], b["landmarks"] + 1
+    after = train.diffusion_loss(model, schedule, b, t, noise, drop)[0]
+    assert before[0] == after[0] and before[1] != after[1]
+
+
+def test_mapping_learns_ten_times_slower():
+    model = random_sdit().requires_grad_(True)
+    rest, mapping = train.build_optimizer(model, 6.4e-5, 0.01).param_groups
+    assert rest["lr"] == 6.4e-5 and mapping["lr"] == pytest.approx(6.4e-6)
+    assert sum(p.numel() for p in mapping["params"]) == sum(p.numel() for p in model.mapping.parameters())
+    assert len(rest["params"]) + len(mapping["params"]) == len(list(model.parameters()))
+
+
+@pytest.fixture
+def cache(tmp_path):
+    about = dict(latent_channels=6, latent_size=16, scene_width=128, autoencoder="a", autoencoder_sha256="1", clip="c", clip_sha256="2")
+    writer = data.CacheWriter(tmp_path / "cache", about)
+    for value in range(1, 5):
+        writer.add(record(8, value, 6, 16, 128))
+    writer.close()
+    return tmp_path / "cache"
+
+
+def run(cache, out, monkeypatch, *more):
+    monkeypatch.setattr("sys.argv", ["train.py", "--size", "demo", "--frames", "2", "--data", str(cache), "--out", str(out), "--batch", "2",
+                                     "--steps", "4", "--save", "2", "--log", "2", "--lr", "1e-3", "--precision", "fp32", *more])
+    train.main()
+
+
+def test_resume_is_exact(cache, tmp_path, monkeypatch):
+    run(cache, tmp_path / "whole", monkeypatch)
+    run(cache, tmp_path / "parts", monkeypatch)
+    (tmp_path / "parts" / "state-00000004.pt").unlink()                         # as if it had died after step 3
+    (tmp_path / "parts" / "model.safetensors").unlink()
+    run(cache, tmp_path / "parts", monkeypatch)
+    a, b = (sdit.load_model(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+    assert a.config.autoencoder_sha256 == "1" and len(a.config.scene_mean) == 128 and a.config.name == "demo"
+    assert a.mapping.landmark_std.std() > 0
+    with pytest.raises(sdit.UserError, match="trained with another frames"):
+        run(cache, tmp_path / "parts", monkeypatch, "--frames", "3", "--steps", "6")
+
+
+def test_a_loss_that_is_not_finite_stops_before_saving(cache, tmp_path, monkeypatch):
+    with pytest.raises(sdit.UserError, match="loss is (nan|inf) at step 2; nothing was saved since step 0"):
+        run(cache, tmp_path / "run", monkeypatch, "--lr", "1e30")
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
+def test_no_cache_is_one_sentence(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "train.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "python data.py" in done.stderr
