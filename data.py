@@ -136,11 +136,11 @@ def check_output(path, *inputs):
 class VideoWriter:
     """Write an H.264 video of exactly the frames given, with the sound of another file.
 
-        with VideoWriter("out.mp4", fps, "comment", sound="driving.mp4") as out:
+        with VideoWriter("out.mp4", fps, "comment", sound=Video("driving.mp4")) as out:
             out.write(frame)                                                    # (h, w, 3) uint8, h and w even
 
     The file appears under its name when all is written; after an exception nothing is left. `span`, seconds (from, to) of
-    the other file, cuts the sound."""
+    the other file, cuts the sound. Sound is copied packet by packet where the container takes it, else coded as AAC."""
 
     def __init__(self, path, fps, comment="", sound=None, span=(0.0, float("inf"))):
         self.path, self.fps, self.comment, self.sound, self.span = Path(path), Fraction(fps), comment, sound, span
@@ -168,20 +168,20 @@ class VideoWriter:
         self.stream = self.container.add_stream("libx264", rate=self.fps, options={"crf": "16", "preset": "fast"})
         self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "yuv420p"
         self.stream.time_base = self.stream.codec_context.time_base = 1 / self.fps
-        self.other = open_video(self.sound) if self.sound else None
+        self.other = open_video(self.sound.path) if self.sound else None
         self.audio = self.other.streams.audio[0] if self.other and self.other.streams.audio else None
-        if self.audio:                                                          # copied where the container takes it, else AAC
+        if self.audio:
             self.copy = self.audio.codec_context.name in self.container.supported_codecs
             self.voice = self.container.add_stream_from_template(self.audio) if self.copy else \
                 self.container.add_stream("aac", rate=self.audio.rate)
 
     def _write_sound(self):
-        start = Video(self.sound).start + self.span[0]
+        begin, end = (self.sound.start + seconds for seconds in self.span)
         for packet in self.other.demux(self.audio):
             for piece in [packet] if self.copy else packet.decode():
-                if piece.pts is None or not start <= piece.pts * piece.time_base < start + self.span[1] - self.span[0]:
+                if piece.pts is None or not begin <= piece.pts * piece.time_base < end:
                     continue
-                piece.pts -= round(start / piece.time_base)
+                piece.pts -= round(begin / piece.time_base)
                 if self.copy:
                     piece.dts, piece.stream = piece.pts, self.voice
                 self.container.mux(piece if self.copy else self.voice.encode(piece))
@@ -271,7 +271,11 @@ class FaceLandmarker:
     def __call__(self, image, near=None):
         """Landmarks of the face of `image`: the largest, or, with `near` (landmarks of an earlier frame), the same
         person's, which is the one whose mesh overlaps; None where there is none."""
-        for square in [*self.faces(image), None]:                               # None: a face that fills the picture
+        squares = self.faces(image)
+        whole = None if squares else self.landmarks(image)                      # a face that fills the picture; to be believed, it
+        if whole is not None:                                                   # must be found again in its own square: a llama is not
+            squares = [face_square(whole[None])]
+        for square in squares:
             points = self.landmarks(image, square)
             if points is not None and (near is None or overlap(points, near) > 0.1):
                 return points
@@ -301,9 +305,12 @@ def crop(image, square, size=None):
     if left or top or right or bottom:
         image = cv2.copyMakeBorder(image, top, bottom, left, right, cv2.BORDER_REFLECT_101)
     image = image[y + top:y + top + side, x + left:x + left + side]
-    if size:
-        image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_CUBIC)
-    return np.ascontiguousarray(image)
+    return np.ascontiguousarray(resize(image, size) if size else image)
+
+
+def resize(image, size):
+    """A square picture (h, h, 3) at another size: averaged when it shrinks, bicubic when it grows."""
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if len(image) > size else cv2.INTER_CUBIC)
 
 
 @dataclass

@@ -189,25 +189,24 @@ def parse_only(text, M):
 
 
 def write_frames(paths, latents, wanted, autoencoder, driving, square, source, comment, watch):
-    """Decode, put in order and write: the result to paths[0], with a second path the comparison. Frames go out as they are
+    """Decode, put in order and write: the result to paths[0], the comparison to a second path. Frames go out as they are
     decoded, eight at a time."""
-    size, span = autoencoder.config.factor * latents[wanted[0]].shape[-1], [float(f / driving.fps) for f in (wanted[0], wanted[-1] + 1)]
-    span = span if len(wanted) < len(driving) else (0.0, float("inf"))           # a whole video keeps its sound to the end
-    panel = max(size, 256)
+    span = [float(f / driving.fps) for f in (wanted[0], wanted[-1] + 1)]
+    span = span if len(wanted) < len(driving) else (0.0, math.inf)               # a whole video keeps its sound to the end
     device = next(autoencoder.parameters()).device
-    with ExitStack() as stack:
-        files = [stack.enter_context(data.VideoWriter(p, driving.fps, comment, driving.path, span)) for p in paths]
-        shown = (frame for i, frame in enumerate(driving) if i in wanted) if len(files) > 1 else None
-        for i in tqdm(range(0, len(wanted), 8), "writing", unit_scale=8, unit="frame", leave=False):
+    shown = (frame for i, frame in enumerate(driving) if i in wanted)
+    with ExitStack() as stack, tqdm(total=len(wanted), desc="writing", unit="frame", leave=False) as bar:
+        files = [stack.enter_context(data.VideoWriter(p, driving.fps, comment, driving, span)) for p in paths]
+        for i in range(0, len(wanted), 8):
             with watch("decoding"), torch.no_grad():
                 images = data.to_images(autoencoder.decode(torch.stack([latents[f] for f in wanted[i:i + 8]]).to(device)))
             with watch("writing"):
                 for image in images:
                     files[0].write(image)
-                    if shown:
-                        row = source, data.crop(next(shown), square, panel), image
-                        whole = (0, 0)
-                        files[1].write(np.concatenate([data.crop(x, (*whole, len(x)), panel) for x in row], 1))
+                    for comparison in files[1:]:
+                        panels = source, data.crop(next(shown), square), image
+                        comparison.write(np.concatenate([data.resize(panel, max(256, len(image))) for panel in panels], 1))
+                    bar.update()
 
 
 def reenact(source, driving, out="reenacted.mp4", model=DEMO / "sdit.safetensors", steps=50, seed=0, only=None, compare=False,

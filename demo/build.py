@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+import sample
 import sdit
 import world
 
@@ -179,7 +180,7 @@ def build_cache():
 
 def build_sdit():
     subprocess.run([sys.executable, DEMO.parent / "train.py", "--size", "demo", "--data", BUILD / "cache", "--out", BUILD / "sdit",
-                    "--steps", str(SDIT_STEPS), "--batch", "16", "--lr", "5e-4"], check=True)
+                    "--steps", str(SDIT_STEPS), "--batch", "8", "--lr", "6e-4"], check=True)
 
 
 def build_shipped():
@@ -191,15 +192,30 @@ def build_shipped():
     imageio.imwrite(DEMO / "driving.mp4", world.sample_clip(DRIVING_SEED, 48, 256)[0], fps=24, codec="libx264", plugin="pyav")
 
 
+def build_strip():
+    """demo/strip.png for the README, from what `python sample.py` makes: source, eight driving frames, the result's."""
+    sample.reenact(DEMO / "source.png", DEMO / "driving.mp4", BUILD / "strip.mp4", compare=True)
+    frames = imageio.imread(BUILD / "strip-compare.mp4", plugin="pyav")
+    chosen = frames[np.linspace(0, len(frames) - 1, 8).astype(int)]             # (8, 256, 768, 3): source, driving, result
+    source, driving, result = (np.concatenate([data.resize(f[:, i * 256:(i + 1) * 256], 128) for f in chosen], 1) for i in range(3))
+    rows = np.concatenate([driving, result])
+    left = np.full((256, 128 + 8, 3), 255, np.uint8)
+    left[64:192, :128] = source[:, :128]
+    imageio.imwrite(DEMO / "strip.png", np.concatenate([left, rows], 1))
+
+
 PARTS = {"clips": (build_clips, "clips/done"), "autoencoder": (build_autoencoder, "autoencoder.safetensors"),
          "clip": (build_clip, "clip.safetensors"), "cache": (build_cache, "cache/index.json"),
-         "sdit": (build_sdit, f"sdit/state-{SDIT_STEPS:08d}.pt"), "shipped": (build_shipped, None)}
+         "sdit": (build_sdit, f"sdit/state-{SDIT_STEPS:08d}.pt"), "shipped": (build_shipped, None), "strip": (build_strip, None)}
 
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("parts", nargs="*", choices=[[], *PARTS], help="what to build (default: all)")
-    for name in ap.parse_args().parts or PARTS:
+    ap.add_argument("parts", nargs="*", help=f"what to build: {', '.join(PARTS)} (default: all)")
+    parts = ap.parse_args().parts or list(PARTS)
+    if unknown := set(parts) - set(PARTS):
+        raise sdit.UserError(f"no part named {', '.join(unknown)}; the parts are {', '.join(PARTS)}")
+    for name in parts:
         build, result = PARTS[name]
         if result and (BUILD / result).exists():
             print(f"{name}: {BUILD / result} is there")
@@ -208,4 +224,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sdit.run_main(main)

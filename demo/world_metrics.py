@@ -89,8 +89,7 @@ def ssim(a, b):
 
 def score(images, true, driving, masks, face, landmarker):
     """All figures of one clip: images and true (M, h, w, 3) uint8, driving landmarks (M, 478, 3) in the crop, masks by frame."""
-    size = images.shape[1]
-    found = [landmarker.landmarks(data.crop(im, (0, 0, size), 256)) for im in images]   # enlarged: MediaPipe wants 96 pixels and more
+    found = [landmarker.landmarks(data.resize(im, 256)) for im in images]   # enlarged: MediaPipe wants 96 pixels and more
     seen = np.array([p is not None for p in found])
     result = dict(found=float(seen.mean()))
     if seen.sum() > 2:
