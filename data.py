@@ -63,18 +63,23 @@ class Video:
         with open_video(path) as container:
             stream = container.streams.video[0]
             try:
-                times = sorted(p.pts for p in container.demux(stream) if p.pts is not None and not p.is_discard)
+                packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
             except av.FFmpegError as e:
                 raise UserError(f"{path} cannot be read to its end ({e.strerror}); re-encode it") from None
             self.fps = Fraction(stream.average_rate or stream.guessed_rate or 25)
-            times = np.array(times, np.float64) * float(stream.time_base)
+            times = [p.dts if p.pts is None else p.pts for p in packets]
+            if None in times:                                                   # a raw stream: no timing but its rate
+                times = np.arange(len(times)) / float(self.fps)
+            else:
+                times = np.sort(times) * float(stream.time_base)
         self.start = times[0] if len(times) else 0.0
         times = times - self.start
-        self.ticks = None                                                       # None: constant rate
+        self.repeats = np.ones(len(times), int)                                 # how often each frame of the file is shown
         if len(times) > 1 and abs(times - np.arange(len(times)) / float(self.fps)).max() > 0.6 / self.fps:
             self.fps = Fraction((len(times) - 1) / times[-1]).limit_denominator(1001)
-            self.ticks = np.arange(round(times[-1] * self.fps) + 1) / float(self.fps) + 1e-6
-        self.length = len(times) if self.ticks is None else len(self.ticks)
+            ticks = np.arange(round(times[-1] * self.fps) + 1) / float(self.fps) + 1e-6
+            self.repeats = np.bincount(np.searchsorted(times, ticks, "right") - 1, minlength=len(times))
+        self.length = int(self.repeats.sum())
         if not self.length:
             raise UserError(f"{path} holds no frames")
 
@@ -82,25 +87,20 @@ class Video:
         return self.length
 
     def __iter__(self):
-        """Frames (h, w, 3) uint8, rotated upright, one at a time."""
-        count, held = 0, None
+        """Frames (h, w, 3) uint8, rotated upright, one at a time; always len(self) of them."""
+        count, frame = 0, None
         with open_video(self.path) as container:
-            stream = container.streams.video[0]
             try:
-                for frame in container.decode(stream):
-                    if self.ticks is None:
+                for frame, repeat in zip(container.decode(video=0), self.repeats):
+                    for _ in range(repeat):
                         count += 1
                         yield upright(frame)
-                        continue
-                    time = float(frame.pts * stream.time_base) - self.start
-                    while held is not None and count < self.length and self.ticks[count] < time:
-                        count += 1
-                        yield upright(held)
-                    held = frame
             except av.FFmpegError as e:
                 raise UserError(f"{self.path} cannot be decoded beyond frame {count} ({e.strerror}); re-encode it") from None
-            for _ in range(0 if self.ticks is None else self.length - count):
-                yield upright(held)
+        if frame is None:
+            raise UserError(f"{self.path} holds no frame that can be decoded; re-encode it")
+        for _ in range(self.length - count):                                    # packets that decode to nothing
+            yield upright(frame)
 
 
 def upright(frame):
@@ -140,7 +140,7 @@ class VideoWriter:
             out.write(frame)                                                    # (h, w, 3) uint8, h and w even
 
     The file appears under its name when all is written; after an exception nothing is left. `span`, seconds (from, to) of
-    the other file, cuts the sound. Sound is copied packet by packet where the container takes it, else coded as AAC."""
+    the other file, cuts the sound. Sound that every player knows in an .mp4 is copied packet by packet, other kinds are coded as AAC."""
 
     def __init__(self, path, fps, comment="", sound=None, span=(0.0, float("inf"))):
         self.path, self.fps, self.comment, self.sound, self.span = Path(path), Fraction(fps), comment, sound, span
@@ -171,7 +171,7 @@ class VideoWriter:
         self.other = open_video(self.sound.path) if self.sound else None
         self.audio = self.other.streams.audio[0] if self.other and self.other.streams.audio else None
         if self.audio:
-            self.copy = self.audio.codec_context.name in self.container.supported_codecs
+            self.copy = self.audio.codec_context.name in ("aac", "mp3", "mp3float", "ac3", "eac3", "alac")
             self.voice = self.container.add_stream_from_template(self.audio) if self.copy else \
                 self.container.add_stream("aac", rate=self.audio.rate)
 

@@ -29,8 +29,8 @@ def random_sdit(frames=4, depth=2, dtype=torch.float32, seed=0):
     return model.to(dtype).eval().requires_grad_(False)
 
 
-def write_video(path, frames, rate=25, sound=False, times=None):
-    """H.264 file of frames (M, h, w, 3) uint8; with `times`, seconds of each frame; with `sound`, a tone as long as the video."""
+def write_video(path, frames, rate=25, sound=None, times=None):
+    """H.264 file of frames (M, h, w, 3) uint8; with `times`, seconds of each frame; with `sound`, a codec, a tone as long as the video."""
     rate = Fraction(rate)
     with av.open(str(path), "w") as out:
         stream = out.add_stream("libx264", rate=rate, options={"crf": "10"})
@@ -39,7 +39,7 @@ def write_video(path, frames, rate=25, sound=False, times=None):
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 90000)
         if sound:
-            voice = out.add_stream("aac", rate=44100)
+            voice = out.add_stream(sound, rate=44100)
         for i, image in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
             frame.time_base, frame.pts = (1 / rate, i) if times is None else (Fraction(1, 90000), round(times[i] * 90000))

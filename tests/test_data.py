@@ -76,7 +76,7 @@ def probe(path):
 
 @pytest.mark.parametrize("rate", [25, Fraction(30000, 1001)])
 def test_writer_keeps_frames_rate_sound_and_says_synthetic(tmp_path, rate):
-    driving = write_video(tmp_path / "driving.mp4", shades(50), rate, sound=True)
+    driving = write_video(tmp_path / "driving.mp4", shades(50), rate, sound="aac")
     with data.VideoWriter(tmp_path / "out.mp4", rate, "synthetic", data.Video(driving)) as out:
         for frame in shades(50, 32, 32):
             out.write(frame)
@@ -87,6 +87,14 @@ def test_writer_keeps_frames_rate_sound_and_says_synthetic(tmp_path, rate):
     with data.VideoWriter(tmp_path / "part.mp4", rate, "", data.Video(driving), (0.4, 1.2)) as out:
         out.write(shades(1, 32, 32)[0])
     assert abs(probe(tmp_path / "part.mp4")[2][0][1] - 0.8) < 0.06
+
+
+def test_sound_that_mp4_players_do_not_know_is_recoded(tmp_path):
+    driving = write_video(tmp_path / "driving.mkv", shades(20), 25, sound="pcm_s16le")
+    with data.VideoWriter(tmp_path / "out.mp4", 25, "", data.Video(driving)) as out:
+        out.write(shades(1, 32, 32)[0])
+    (codec, seconds), = probe(tmp_path / "out.mp4")[2]
+    assert codec == "aac" and abs(seconds - 0.8) < 0.06
 
 
 def test_writer_leaves_nothing_after_a_failure(tmp_path):

@@ -114,7 +114,7 @@ def test_the_bundled_example(tmp_path):
 
 def test_other_input_only_and_sound(tmp_path, clip):
     """A video as source, a driving video of odd rate with sound, a part of it: equal to the same frames of the whole."""
-    driving = write_video(tmp_path / "driving.mp4", np.concatenate([clip[0], clip[0][::-1]]), Fraction(30000, 1001), sound=True)
+    driving = write_video(tmp_path / "driving.mp4", np.concatenate([clip[0], clip[0][::-1]]), Fraction(30000, 1001), sound="aac")
     source = write_video(tmp_path / "source.mp4", np.concatenate([np.full_like(clip[0][:2], 127), clip[0]]))
     note = sample.reenact(source, driving, tmp_path / "whole.mp4", steps=2)
     assert set(note) >= {"landmarks", "CLIP", "denoising", "decoding", "writing"}
