@@ -8,7 +8,6 @@ finds the face in every frame and the one square of the clip, `crop` cuts it, `S
 """
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import sys
@@ -29,7 +28,7 @@ from tqdm import tqdm
 import sdit
 from sdit import LANDMARKS, UserError
 
-DEMO = Path(__file__).parent / "demo"
+DEMO = Path(__file__).resolve().parent / "demo"
 VIDEOS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -129,8 +128,11 @@ def check_output(path, *inputs):
     """Refuse an output name that could only fail, or destroy an input, at the end of the work."""
     if Path(path).suffix.lower() not in {".mp4", ".mov", ".mkv", ".m4v"} or Path(path).is_dir():
         raise UserError(f"cannot write {path}; name a file that ends in .mp4, .mov or .mkv")
+    folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write {path}: {folder} is not a folder you may write to")
     if Path(path).exists() and any(Path(other).exists() and os.path.samefile(path, other) for other in inputs):
-        raise UserError(f"--out {path} is also an input; choose another name")
+        raise UserError(f"the output {path} is also an input; choose another --out")
 
 
 class VideoWriter:
@@ -177,23 +179,27 @@ class VideoWriter:
 
     def _write_sound(self):
         begin, end = (self.sound.start + seconds for seconds in self.span)
-        for packet in self.other.demux(self.audio):
-            for piece in [packet] if self.copy else packet.decode():
-                if piece.pts is None or not begin <= piece.pts * piece.time_base < end:
-                    continue
-                piece.pts -= round(begin / piece.time_base)
-                if self.copy:
-                    piece.dts, piece.stream = piece.pts, self.voice
-                self.container.mux(piece if self.copy else self.voice.encode(piece))
-        if not self.copy:
-            self.container.mux(self.voice.encode(None))
+        try:
+            for packet in self.other.demux(self.audio):
+                for piece in [packet] if self.copy else packet.decode():
+                    if piece.pts is None or not begin <= piece.pts * piece.time_base < end:
+                        continue
+                    piece.pts -= round(begin / piece.time_base)
+                    if self.copy:
+                        piece.dts, piece.stream = piece.pts, self.voice
+                    self.container.mux(piece if self.copy else self.voice.encode(piece))
+            if not self.copy:
+                self.container.mux(self.voice.encode(None))
+        except av.FFmpegError as e:                                             # the pictures are worth more than the end of the sound
+            print(f"the sound of {self.sound.path} could not be taken over to its end ({e.strerror})")
 
     def __exit__(self, kind, *_):
         try:
             if kind is None and self.stream:
                 self.container.mux(self.stream.encode(None))
                 if self.audio:
-                    self._write_sound()
+                    with self.other:
+                        self._write_sound()
             self.container.close()
             if kind is None:
                 os.replace(self.temporary, self.path)
@@ -258,9 +264,8 @@ class FaceLandmarker:
 
     def landmarks(self, image, square=None):
         """(478, 3) float32 landmarks in pixels of the image (z in the same unit) of the face in `square`, or None."""
-        h, w = image.shape[:2]
-        x, y, side = square or (0, 0, None)
-        picture = image if square is None else crop(image, square)
+        x, y = square[:2] if square else (0, 0)
+        picture = crop(image, square) if square else image
         with quiet():
             found = self.mesh.process(picture).multi_face_landmarks
         if not found:
@@ -471,20 +476,24 @@ def cache_about(autoencoder_path, clip_path, autoencoder, scene_width, size):
 # ----------------------------------------------------------------------------------------------------------------------
 # Training rows
 
-def choose_frames(rng, M, T):
-    """A non-uniform sequence and its source (paper 3.1): T frames of a clip of M, and the source, which is first or last.
+def choose_frames(rng, found, T):
+    """A non-uniform sequence and its source (paper 3.1): T frames of a clip, and the source, which is the first or the last.
 
-    The distribution is not in the paper: uniform without replacement, in order of time. The source is the frame
-    "furthest in time from the chosen sequence, effectively making it either the first or last frame of the entire
-    video"; both ends are left out of the sequence, so that the source is never one of the frames to denoise."""
-    times = np.sort(rng.choice(np.arange(1, M - 1), T, replace=False))
-    return times, 0 if times[0] >= M - 1 - times[-1] else M - 1
+    found (M,) bool, the frames whose landmarks are real: the others are drawn only if there are too few of these. The
+    distribution is not in the paper: uniform without replacement, in order of time. The source is the frame "furthest in
+    time from the chosen sequence, effectively making it either the first or last frame of the entire video"; both ends are
+    left out of the sequence, so that the source is never one of the frames to denoise."""
+    inner = np.flatnonzero(found[1:-1]) + 1
+    if len(inner) < T:
+        inner = np.arange(1, len(found) - 1)
+    times, last = np.sort(rng.choice(inner, T, replace=False)), len(found) - 1
+    return times, 0 if times[0] >= last - times[-1] else last
 
 
 class Rows(torch.utils.data.Dataset):
     """Training rows of a cache. Row number n is a function of (seed, n) alone, so that data order needs no state.
 
-    A row is a dict: latents (T, C, H, W), landmarks (T, 478, 3), mask (T, H, W) in 0..1, scene (S,), all float32. Clips with
+    A row is a dict: latents (T, C, H, W), landmarks (T, 478, 3), mask (T, H, W) in 0..1 (the record's weight), scene (S,), all float32. Clips with
     fewer than T + 2 frames are left out (see `choose_frames`)."""
 
     def __init__(self, folder, frames, seed=0):
@@ -512,8 +521,8 @@ class Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, n):
         number, clip, first, end = self._clip(n)
-        times, source = choose_frames(np.random.default_rng([self.seed, 1, n]), end - first, self.frames)
         shard = self.shards[number]
+        times, source = choose_frames(np.random.default_rng([self.seed, 1, n]), shard.get_slice("found")[first:end].numpy(), self.frames)
         latents, landmarks, weight = (shard.get_slice(k)[first:end][times].float() for k in ("latent", "landmarks", "weight"))
         scene = shard.get_slice("scene")[clip][0 if source == 0 else 1].float()
         return dict(latents=latents, landmarks=landmarks, mask=weight / 255, scene=scene)
@@ -550,7 +559,7 @@ def main():
         raise UserError(f"no videos ({', '.join(sorted(VIDEOS))}) under {a.clips}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     autoencoder, scene_encoder = sdit.load_autoencoder(a.autoencoder, device), SceneEncoder(a.clip, device)
-    size, landmarker = a.size or (64 if a.autoencoder.parent == DEMO else 256), FaceLandmarker()
+    size, landmarker = a.size or (64 if a.autoencoder.resolve().parent == DEMO else 256), FaceLandmarker()
     writer = CacheWriter(a.out, cache_about(a.autoencoder, a.clip, autoencoder, scene_encoder.model.visual.output_dim, size))
     with open(a.out / "manifest.jsonl", "w") as manifest:
         for path in tqdm(paths, "clips", unit="clip"):
@@ -559,8 +568,8 @@ def main():
                 pixels, tracked, fps = clip_crops(path, landmarker, size)
                 writer.add(encode_clip(pixels, tracked, fps, autoencoder, scene_encoder))
                 entry |= dict(frames=len(pixels), missed=int((~tracked.found).sum()), square=tracked.square)
-            except UserError as e:
-                entry |= dict(rejected=str(e))
+            except Exception as e:                                              # whatever is wrong with a file, the rest goes on
+                entry |= dict(rejected=str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}")
             manifest.write(json.dumps(entry) + "\n")
             manifest.flush()
     writer.close()

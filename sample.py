@@ -26,7 +26,7 @@ import data
 import sdit
 from sdit import NoiseSchedule, UserError
 
-DEMO = Path(__file__).parent / "demo"
+DEMO = Path(__file__).resolve().parent / "demo"
 CHUNK_TOKENS = 4096                                # tokens that are denoised at once; bounds memory, not the result
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -41,10 +41,11 @@ def plan_rows(M, T, anchor=None):
     anchor is the frame that needs the fewest rows, among those the most central, then the earlier; or the frame given. (The
     paper says "the central frame" and leaves dealing open; where T is even the exact centre can cost more rows.)
     keep marks each frame's one place in the result; elsewhere stand the anchor of rows 1.. and repetitions that fill slots."""
-    before, after = T // 2, T - 1 - T // 2
+    slot = T // 2                                                               # of the anchor in every row
 
     def count(f):
-        sides = [(f, before), (M - 1 - f, after)]
+        """Rows needed with the anchor at frame f."""
+        sides = [(f, slot), (M - 1 - f, T - 1 - slot)]
         return max(1, *(math.ceil(n / slots) if slots else (math.inf if n else 0) for n, slots in sides))
 
     f = min(range(M), key=lambda f: (count(f), abs(f - (M - 1) / 2), f)) if anchor is None else anchor
@@ -52,12 +53,11 @@ def plan_rows(M, T, anchor=None):
     if B == math.inf:
         raise ValueError(f"{M} frames cannot share frame {f} in rows of {T}")
     rows, keep = np.full((B, T), f), np.zeros((B, T), bool)
-    keep[0, before] = True
-    for side, first in ((range(f), 0), (range(f + 1, M), before + 1)):
-        slots = before if first == 0 else after
+    keep[0, slot] = True
+    for side, first, end in ((range(f), 0, slot), (range(f + 1, M), slot + 1, T)):
         for b in range(B if side else 0):
             own = side[b::B]
-            rows[b, first:first + slots] = [*own, *[(own or side)[-1]] * (slots - len(own))]
+            rows[b, first:end] = [*own, *[(own or side)[-1]] * (end - first - len(own))]
             keep[b, first:first + len(own)] = True
     return rows, keep
 
@@ -86,8 +86,8 @@ def ddim_update(schedule, x, output, t, after):
 
 @torch.no_grad()
 def sample_plain(model, x, c, steps, anchor):
-    """The paper's rule: all rows in one batch, the anchor overridden in every layer (`SDiT.forward`) and after every step
-    (Alg. 1, step 3). Memory grows with the video; kept as the definition, and as what the tests compare with."""
+    """The paper's rule: all rows in one batch, the anchor overridden at the start, in every layer (`SDiT.forward`) and after
+    every step (Alg. 1, step 3). Memory grows with the video; kept as the definition, and as what the tests compare with."""
     schedule, x, c = NoiseSchedule(x.device), sdit.override(x, anchor), sdit.override(c, anchor)
     for t, after in ddim_timesteps(steps):
         output = model(x, torch.full((len(x),), t, device=x.device), c, anchor)
@@ -121,9 +121,8 @@ def sample_rest(model, x, c, steps, anchor, bank, progress=lambda: None):
 
 
 def sample_rows(model, rows, keep, wanted, conditioning, steps, seed):
-    """Latents of the frames in `wanted` (a set): dict frame -> (C, H, W). rows, keep from `plan_rows`; conditioning (M, D).
-
-    Row 0 is always sampled; of the others those that hold a wanted frame."""
+    """Latents of at least the frames in `wanted` (a set): dict frame -> (C, H, W). rows, keep from `plan_rows`; conditioning
+    (M, D). Row 0 is always sampled; of the others those that hold a wanted frame."""
     config, device, dtype = model.config, conditioning.device, next(model.parameters()).dtype
     shape, anchor = (config.latent_channels, config.latent_size, config.latent_size), rows.shape[1] // 2
     own = [s for s in range(rows.shape[1]) if s != anchor]
@@ -133,8 +132,8 @@ def sample_rows(model, rows, keep, wanted, conditioning, steps, seed):
     latents = {}
 
     def start(frames):
-        x = frame_noise(seed, frames.ravel(), shape).float().view(*frames.shape, *shape)
-        return x.to(device), conditioning[torch.from_numpy(frames)].to(dtype)
+        x = frame_noise(seed, frames.ravel(), shape).view(*frames.shape, *shape)
+        return x.to(device, dtype), conditioning[torch.from_numpy(frames)].to(dtype)
 
     with tqdm(total=steps * (1 + len(needed)), desc="denoising", unit="row-step", leave=False) as bar:
         x, bank = sample_first(model, *start(rows[:1]), steps, anchor, bar.update)
@@ -215,8 +214,9 @@ def reenact(source, driving, out="reenacted.mp4", model=DEMO / "sdit.safetensors
 
     out has the frames, rate and sound of `driving`, or of its frames `only` ("a:b"); `compare` writes, beside it,
     OUT-compare.mp4: source, driving face, result. Returns the seconds by part. Raises UserError on bad input; then nothing is written."""
-    watch, out = Stopwatch(), Path(out)
-    data.check_output(out, source, driving)
+    watch, paths = Stopwatch(), [Path(out), Path(out).with_name(f"{Path(out).stem}-compare.mp4")][:1 + compare]
+    for path in paths:
+        data.check_output(path, source, driving)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with watch("models"):
         sdiff = sdit.load_model(model, device)
@@ -240,7 +240,6 @@ def reenact(source, driving, out="reenacted.mp4", model=DEMO / "sdit.safetensors
         conditioning = sdiff.mapping(scene, landmarks[None])[0]                 # (M, D)
         rows, keep = plan_rows(len(video), config.frames)
         latents = sample_rows(sdiff, rows, keep, set(wanted), conditioning, steps, seed)
-    paths = [out, out.with_name(f"{out.stem}-compare.mp4")][:1 + compare]
     comment = "synthetic, AI-generated face video; " + json.dumps(dict(tool="anchored-diffusion", model=sdit.sha256(model)[:16],
                                                                        seed=seed, steps=steps))
     write_frames(paths, latents, wanted, autoencoder, video, tracked.square, face, comment, watch)
@@ -263,7 +262,7 @@ def main():
     if not 1 <= a.steps <= NoiseSchedule.steps:
         raise UserError(f"--steps {a.steps} is not between 1 and {NoiseSchedule.steps}")
     bundled = {DEMO / "source.png", DEMO / "driving.mp4"}
-    if a.model == DEMO / "sdit.safetensors" and not {a.source, a.driving} <= bundled:
+    if a.model.resolve() == DEMO / "sdit.safetensors" and not {a.source.resolve(), a.driving.resolve()} <= bundled:
         print("note: the bundled demo model knows only rendered faces, so the result is a face of that world moving like the driving "
               "person; for real faces train a model on real clips (README, Training) and pass it with --model")
     reenact(**vars(a))

@@ -10,7 +10,7 @@ Everything here is network: no files but model files, no video, no sampling loop
     save_model, load_model      safetensors files that carry their own configuration
 
 Shapes use one alphabet in the whole repository: B rows (sequences in a batch), T frames in a row, N tokens of a frame,
-D width, (C, H, W) the latent of a frame, S width of the scene vector, 478 landmarks.
+D width, (C, H, W) the latent of a frame, M frames of a whole video, S width of the scene vector, 478 landmarks.
 """
 import dataclasses
 import functools
@@ -79,7 +79,7 @@ class SDiTConfig:
 
 # Depth, width, heads as in DiT, which the paper extends (paper 4.1: "sDiT-XL"; its numbers are DiT-XL's).
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-DEMO = dict(depth=8, width=192, heads=6, patch=2, latent_channels=6, latent_size=16, scene_width=128)
+DEMO = dict(depth=6, width=256, heads=8, patch=2, latent_channels=6, latent_size=16, scene_width=128)
 
 
 def make_config(name, frames=8, **rest):
@@ -126,13 +126,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, anchor=None, anchor_kv=None):
-        """x (B, T, N, D) -> the same shape, and the keys and values (2, 1, heads, N, D / heads) of frame `anchor` in
-        row 0, if one is named. `anchor_kv`, of that shape, is read by every row beside its own keys and values."""
+    def forward(self, x, keep=None, anchor_kv=None):
+        """x (B, T, N, D) -> the same shape, and the keys and values (2, 1, heads, N, D / heads) of slot `keep` in row 0, if one
+        is named. `anchor_kv`, of that shape, is read by every row beside its own keys and values."""
         B, T, N, D = x.shape
         q, k, v = self.qkv(x).view(B, T * N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)   # (B, heads, TN, d)
-        kept = None if anchor is None else torch.stack([k, v])[:, :1, :, anchor * N:(anchor + 1) * N].clone()
-        if anchor_kv is not None:
+        kept = None if keep is None else torch.stack([k, v])[:, :1, :, keep * N:(keep + 1) * N].clone()
+        if anchor_kv is not None:                                               # the order of keys is of no importance
             k, v = (torch.cat([own, shared.expand(B, -1, -1, -1)], 2) for own, shared in zip((k, v), anchor_kv))
         x = F.scaled_dot_product_attention(q, k, v)                            # (B, heads, TN, d)
         return self.proj(x.transpose(1, 2).reshape(B, T, N, D)), kept
@@ -158,10 +158,10 @@ class Block(nn.Module):
         self.mlp = MLP(width, 4 * width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x, c, anchor=None, anchor_kv=None):
-        """Tokens x (B, T, N, D), conditioning c (B, T, D); see `Attention.forward` for the rest."""
+    def forward(self, x, c, keep=None, anchor_kv=None):
+        """Tokens x (B, T, N, D), conditioning plus timestep c (B, T, D); see `Attention.forward` for the rest."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).unsqueeze(2).chunk(6, -1)  # (B, T, 1, D)
-        y, kept = self.attn(modulate(x, shift1, scale1), anchor, anchor_kv)
+        y, kept = self.attn(modulate(x, shift1, scale1), keep, anchor_kv)
         x = x + gate1 * y
         return x + gate2 * self.mlp(modulate(x, shift2, scale2)), kept
 
@@ -330,13 +330,13 @@ class SDiT(nn.Module):
         slots = [s for s in range(latents.shape[1] + 1) if s != anchor]
         return self._forward_bank(latents, timesteps, conditioning, slots, None, anchor_kv)[0]
 
-    def _forward_bank(self, latents, timesteps, conditioning, slots, anchor, anchor_kv):
+    def _forward_bank(self, latents, timesteps, conditioning, slots, keep, anchor_kv):
         c = self.t_embedder(timesteps)[:, None] + conditioning
         x, kept = self.embed(latents, slots), []
         for i, block in enumerate(self.blocks):
-            x, kv = block(x, c, anchor, None if anchor_kv is None else anchor_kv[i])
+            x, kv = block(x, c, keep, None if anchor_kv is None else anchor_kv[i])
             kept.append(kv)
-        return self.unpatchify(self.final_layer(x, c)), None if anchor is None else torch.stack(kept)
+        return self.unpatchify(self.final_layer(x, c)), None if keep is None else torch.stack(kept)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -598,8 +598,8 @@ def sha256(path):
 
 
 def find_weights(name, digest, beside):
-    """Path of the file `name` with the sha256 `digest`: beside the model file `beside`, then in the download folder."""
-    folders = [Path(beside).parent, Path.home() / ".cache" / "anchored-diffusion"]
+    """Path of the file `name` with the sha256 `digest`: beside the model file `beside`, in the download folder, or the demo's."""
+    folders = [Path(beside).parent, Path.home() / ".cache" / "anchored-diffusion", Path(__file__).parent / "demo"]
     for path in (folder / name for folder in folders):
         if path.is_file() and sha256(path) == digest:
             return path

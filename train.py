@@ -38,8 +38,8 @@ def variational_bound(schedule, x0, xt, noise, v, t):
     """The learned sigma's term of the variational bound, in bits a dimension, (B,) (Improved DDPM, Sec. 3.1; DiT's routine).
 
     KL of the true posterior from the model's; at t = 0, where there is no posterior, the likelihood of x0 in bins of
-    2 / 255. That width belongs to 8-bit pixels and means little for latents; kept as DiT has it. `noise` comes detached:
-    this term trains the variance alone."""
+    2 / 255. That width belongs to 8-bit pixels and means little for latents; kept as DiT has it. `noise`, the prediction,
+    comes detached: this term teaches the network its variance, never its mean."""
     log_variance = schedule.log_variance(v, t)
     predicted = schedule.predict_x0(xt, noise, t)
     mean = schedule.at(schedule.mean_x0, t, xt) * predicted + schedule.at(schedule.mean_xt, t, xt) * xt
@@ -78,10 +78,14 @@ def draw(seed, step, shape, p_drop):
 # ----------------------------------------------------------------------------------------------------------------------
 # States on disk
 
-def save_state(out, step, model, ema, optimizer):
+# What a run is; a state of another recipe is refused. The other arguments may change between sessions.
+RECIPE = ("steps", "batch", "lr", "weight_decay", "lambda_ex", "drop", "ema", "precision", "seed")
+
+
+def save_state(out, step, model, ema, optimizer, recipe):
     """RUN/state-STEP.pt (the last two are kept) and RUN/model.safetensors, the EMA weights. Names appear when files are whole."""
     state = dict(step=step, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                 config=dataclasses.asdict(model.config))
+                 recipe=dataclasses.asdict(model.config) | recipe)
     temporary = out / "state.tmp"
     torch.save(state, temporary)
     os.replace(temporary, out / f"state-{step:08d}.pt")
@@ -90,14 +94,14 @@ def save_state(out, step, model, ema, optimizer):
         old.unlink()
 
 
-def load_state(out, model, ema, optimizer):
+def load_state(out, model, ema, optimizer, recipe):
     """Fill all three from the newest state in `out`; returns the steps done, 0 where there is none."""
     states = sorted(out.glob("state-*.pt"))
     if not states:
         return 0
-    state = torch.load(states[-1], map_location="cpu", weights_only=True)
-    if state["config"] != dataclasses.asdict(model.config):
-        changed = [k for k, v in state["config"].items() if v != getattr(model.config, k)]
+    state, recipe = torch.load(states[-1], map_location="cpu", weights_only=True), dataclasses.asdict(model.config) | recipe
+    changed = [k for k, v in recipe.items() if v != state["recipe"][k]]
+    if changed:
         raise UserError(f"{states[-1]} was trained with another {' and '.join(changed)}; use another --out or the same settings")
     model.load_state_dict(state["model"])
     ema.load_state_dict(state["ema"])
@@ -162,7 +166,8 @@ def main():
     optimizer = build_optimizer(model, a.lr, a.weight_decay)
     schedule = NoiseSchedule(device)
     a.out.mkdir(parents=True, exist_ok=True)
-    start = load_state(a.out, model, ema, optimizer)
+    recipe = {k: getattr(a, k) for k in RECIPE}
+    start = load_state(a.out, model, ema, optimizer, recipe)
     if start >= a.steps:
         return print(f"{a.out} is finished: {start} steps")
     count = sum(p.numel() for p in model.parameters())
@@ -184,12 +189,13 @@ def main():
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         optimizer.step()
         decay = min(a.ema, (1 + step) / (10 + step))                             # follows closely at first
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
         totals.index_add_(0, (t * 4 // NoiseSchedule.steps).cpu(), torch.stack([error.detach(), torch.ones_like(error)], 1).cpu())
         if (step + 1) % a.log and step + 1 < a.steps and (step + 1) % a.save:
             continue
-        if not math.isfinite(loss.item()):
-            raise UserError(f"loss is {loss.item()} at step {step + 1}; nothing was saved since step {(step // a.save) * a.save}")
+        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+            raise UserError(f"loss is {loss.item()} and gradient norm {norm.item()} at step {step + 1}; nothing was saved since step {(step // a.save) * a.save}")
         if (step + 1) % a.log == 0:
             seconds, began = time.time() - began, time.time()
             quarters = (totals[:, 0] / totals[:, 1].clamp_min(1)).tolist()
@@ -201,7 +207,7 @@ def main():
                                 f"norm {entry['norm']:.2f} {entry['rows_per_s']:.1f} rows/s")
             totals.zero_()
         if (step + 1) % a.save == 0 or step + 1 == a.steps:
-            save_state(a.out, step + 1, model, ema, optimizer)
+            save_state(a.out, step + 1, model, ema, optimizer, recipe)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ AUTOENCODER = sdit.AutoencoderConfig(widths=(16, 32, 64), layers=1, latent_chann
 CLIP = dict(embed_dim=128,
             vision_cfg=dict(image_size=64, patch_size=8, width=128, layers=4, head_width=32, mlp_ratio=3.0),
             text_cfg=dict(context_length=48, vocab_size=49408, width=64, heads=2, layers=2))
-AUTOENCODER_STEPS, CLIP_STEPS, SDIT_STEPS = 3500, 800, 6000
+AUTOENCODER_STEPS, CLIP_STEPS, SDIT_STEPS = 3500, 800, 3200
 SOURCE_SEED, DRIVING_SEED = 1_000_003, 1_000_010
 device = "cuda" if torch.cuda.is_available() else "cpu"
 autocast = torch.autocast(device, torch.bfloat16, enabled=sdit.has_bf16(device))
@@ -73,8 +73,11 @@ def build_clips():
 
 def load_clips(*keys):
     """Arrays of all clips, stacked: for "pixels" (CLIPS, FRAMES, SIZE, SIZE, 3) uint8, and so on."""
-    files = [np.load(BUILD / "clips" / f"{seed:06d}.npz") for seed in range(CLIPS)]
-    return [np.stack([f[key] for f in files]) for key in keys]
+    clips = []
+    for seed in range(CLIPS):
+        with np.load(BUILD / "clips" / f"{seed:06d}.npz") as clip:
+            clips.append([clip[key] for key in keys])
+    return [np.stack(arrays) for arrays in zip(*clips)]
 
 
 def cosine(optimizer, start, progress):
@@ -180,7 +183,7 @@ def build_cache():
 
 def build_sdit():
     subprocess.run([sys.executable, DEMO.parent / "train.py", "--size", "demo", "--data", BUILD / "cache", "--out", BUILD / "sdit",
-                    "--steps", str(SDIT_STEPS), "--batch", "8", "--lr", "6e-4"], check=True)
+                    "--steps", str(SDIT_STEPS), "--batch", "8", "--lr", "8e-4"], check=True)
 
 
 def build_shipped():

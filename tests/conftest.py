@@ -1,5 +1,4 @@
 """What several tests share: small random models, rendered faces, videos of known content."""
-import os
 import sys
 from fractions import Fraction
 from pathlib import Path

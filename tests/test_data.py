@@ -184,15 +184,17 @@ def test_source_is_the_furthest_frame_and_never_a_target():
     rng, ends = np.random.default_rng(0), set()
     for _ in range(500):
         M, T = int(rng.integers(10, 40)), 8
-        times, source = data.choose_frames(rng, M, T)
+        times, source = data.choose_frames(rng, np.ones(M, bool), T)
         assert len(set(times)) == T and (np.diff(times) > 0).all()
         distance = [min(abs(times - f)) for f in range(M)]
         assert source in (0, M - 1) and distance[source] == max(distance[0], distance[M - 1])
         assert distance[source] > 0
         ends.add(source == 0)
     assert ends == {True, False}
-    gaps = np.concatenate([np.diff(data.choose_frames(rng, 40, 8)[0]) for _ in range(200)])
+    gaps = np.concatenate([np.diff(data.choose_frames(rng, np.ones(40, bool), 8)[0]) for _ in range(200)])
     assert gaps.min() == 1 and gaps.max() > 10 and gaps.std() > 2               # non-uniform
+    found = np.arange(40) % 2 == 0
+    assert all(found[data.choose_frames(rng, found, 8)[0]].all() for _ in range(20))
 
 
 def record(M, value, C=4, H=8, S=16):

@@ -83,7 +83,6 @@ def test_whole_video_equals_the_oracle_in_float64(monkeypatch):
     monkeypatch.setattr(sample, "CHUNK_TOKENS", 2 * 4 * model.config.tokens)
     conditioning = torch.randn(M, 32).double()
     rows, keep = sample.plan_rows(M, 4)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     latents = sample.sample_rows(model, rows, keep, set(range(M)), conditioning, 5, seed=7)
     noise = sample.frame_noise(7, rows.ravel(), (4, 8, 8)).view(*rows.shape, 4, 8, 8)
     oracle = sample.sample_plain(model, noise, conditioning[torch.from_numpy(rows)], 5, 2)

@@ -126,12 +126,13 @@ def test_resume_is_exact(cache, tmp_path, monkeypatch):
     assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
     assert a.config.autoencoder_sha256 == "1" and len(a.config.scene_mean) == 128 and a.config.name == "demo"
     assert a.mapping.landmark_std.std() > 0
-    with pytest.raises(sdit.UserError, match="trained with another frames"):
-        run(cache, tmp_path / "parts", monkeypatch, "--frames", "3", "--steps", "6")
+    for changed, value in (("frames", "3"), ("lr", "1e-4"), ("seed", "1")):
+        with pytest.raises(sdit.UserError, match=f"trained with another {changed}"):
+            run(cache, tmp_path / "parts", monkeypatch, f"--{changed}", value)
 
 
 def test_a_loss_that_is_not_finite_stops_before_saving(cache, tmp_path, monkeypatch):
-    with pytest.raises(sdit.UserError, match="loss is (nan|inf) at step 2; nothing was saved since step 0"):
+    with pytest.raises(sdit.UserError, match="loss is (nan|inf) and gradient norm nan at step 2; nothing was saved since step 0"):
         run(cache, tmp_path / "run", monkeypatch, "--lr", "1e30")
     assert not list((tmp_path / "run").glob("*.pt"))
 
