@@ -116,7 +116,7 @@ def read_picture(path):
         image = ImageOps.exif_transpose(Image.open(path))
     except (OSError, ValueError, Image.DecompressionBombError):
         return None
-    if image.mode.startswith(("I", "F")):                                       # 16-bit grey
+    if image.mode.startswith("I"):                                              # 16-bit grey
         image = Image.fromarray((np.asarray(image).astype(np.float64) / 256).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "P"):
         image = image.convert("RGBA")
