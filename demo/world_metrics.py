@@ -71,6 +71,14 @@ def measures(points):
                 smile=gap(61, 291, 3) / unit - 0.3 * gap(13, 14) / unit, gaze=iris / unit)
 
 
+def nearest_colour(rgb, table):
+    """Name of the colour of `table` nearest to rgb (3,), whatever the light: each may be shaded down to 0.5 or lit up to 1.15."""
+    def distance(name):
+        colour = np.array(table[name])
+        return np.abs(rgb - colour * np.clip(rgb @ colour / (colour @ colour), 0.5, 1.15)).sum()
+    return min(table, key=distance)
+
+
 def correlation(a, b):
     a, b = a - a.mean(), b - b.mean()
     return float((a * b).sum() / math.sqrt((a * a).sum() * (b * b).sum() + 1e-12))
@@ -100,8 +108,7 @@ def score(images, true, driving, masks, face, landmarker):
     for name, table in COLOURS.items():
         medians = np.array([np.median(im[m[name]], 0) for im, m in zip(images, masks) if m[name].sum() > 8]) / 255
         if len(medians):
-            nearest = min(table, key=lambda c: np.abs(np.median(medians, 0) - table[c]).sum())
-            result |= {f"{name}_right": float(nearest == face[name]), f"{name}_drift": float(medians.std(0).mean() * 255)}
+            result |= {f"{name}_right": float(nearest_colour(np.median(medians, 0), table) == face[name]), f"{name}_drift": float(medians.std(0).mean() * 255)}
     a, b = data.to_tensor(images), data.to_tensor(true)
     result["psnr"] = 10 * math.log10(4 / max(F.mse_loss(a, b).item(), 1e-6))
     return result | dict(ssim=ssim(a, b))
