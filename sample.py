@@ -51,7 +51,7 @@ def plan_rows(M, T, anchor=None):
     f = min(range(M), key=lambda f: (count(f), abs(f - (M - 1) / 2), f)) if anchor is None else anchor
     B = count(f)
     if B == math.inf:
-        raise ValueError(f"{M} frames cannot share frame {f} in rows of {T}")
+        raise UserError(f"{M} frames cannot share frame {f} in rows of {T}")
     rows, keep = np.full((B, T), f), np.zeros((B, T), bool)
     keep[0, slot] = True
     for side, first, end in ((range(f), 0, slot), (range(f + 1, M), slot + 1, T)):
@@ -263,8 +263,8 @@ def main():
         raise UserError(f"--steps {a.steps} is not between 1 and {NoiseSchedule.steps}")
     bundled = {DEMO / "source.png", DEMO / "driving.mp4"}
     if a.model.resolve() == DEMO / "sdit.safetensors" and not {a.source.resolve(), a.driving.resolve()} <= bundled:
-        print("note: the bundled demo model knows only rendered faces, so the result is a face of that world moving like the driving "
-              "person; for real faces train a model on real clips (README, Training) and pass it with --model")
+        print("note: the bundled demo model knows only rendered faces, and those roughly: the result is a face of that world, led by the "
+              "driving person; for real faces train a model on real clips (README, Train) and pass it with --model")
     reenact(**vars(a))
 
 

@@ -37,7 +37,7 @@ def test_rows_are_wide_and_take_any_anchor():
     rows, _ = sample.plan_rows(12, 4, anchor=6)
     assert (rows[:, 2] == 6).all() and len(rows) == 5
     assert len(sample.plan_rows(12, 4)[0]) == 4
-    with pytest.raises(ValueError):
+    with pytest.raises(sdit.UserError, match="cannot share"):
         sample.plan_rows(5, 1)
 
 
