@@ -8,7 +8,6 @@ demo/. To make a part again, delete its result. Measured times stand in the READ
 """
 import argparse
 import dataclasses
-import json
 import math
 import multiprocessing
 import os
@@ -16,7 +15,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 DEMO = Path(__file__).resolve().parent
 sys.path[:0] = [str(DEMO.parent), str(DEMO)]
 

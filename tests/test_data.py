@@ -162,6 +162,15 @@ def test_a_small_face_is_found_and_the_same_person_followed(clip, landmarker):
     assert landmarker(scene, near=points)[:, 0].max() < 188                     # the one followed
 
 
+def test_a_face_seen_only_in_the_whole_picture_must_be_found_again(landmarker, clip, monkeypatch):
+    """What MediaPipe's mesh does to a llama: points in the whole picture, none in the square around them."""
+    points = landmarker.landmarks(clip[0][0])
+    monkeypatch.setattr(landmarker, "faces", lambda image: [])
+    assert landmarker(clip[0][0]) is not None                                   # a face that fills the picture
+    monkeypatch.setattr(landmarker, "landmarks", lambda image, square=None: None if square else points)
+    assert landmarker(clip[0][0]) is None
+
+
 def test_expressive_points_and_mask():
     from mediapipe.python.solutions import face_mesh_connections as facts
     points = lambda *sets: {i for s in sets for pair in s for i in pair}

@@ -131,6 +131,15 @@ def test_resume_is_exact(cache, tmp_path, monkeypatch):
             run(cache, tmp_path / "parts", monkeypatch, f"--{changed}", value)
 
 
+def test_the_average_follows_without_gradients(cache, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "save_state", lambda out, step, model, ema, *_: seen.append((model, ema)))
+    run(cache, tmp_path / "run", monkeypatch)
+    for model, ema in seen:
+        assert not any(p.requires_grad for p in ema.parameters())
+        assert 0 < (model.final_layer.linear.weight - ema.final_layer.linear.weight).abs().max() < model.final_layer.linear.weight.abs().max()
+
+
 def test_a_loss_that_is_not_finite_stops_before_saving(cache, tmp_path, monkeypatch):
     with pytest.raises(sdit.UserError, match="loss is (nan|inf) and gradient norm nan at step 2; nothing was saved since step 0"):
         run(cache, tmp_path / "run", monkeypatch, "--lr", "1e30")
