@@ -79,7 +79,7 @@ class SDiTConfig:
 
 # Depth, width, heads as in DiT, which the paper extends (paper 4.1: "sDiT-XL"; its numbers are DiT-XL's).
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-DEMO = dict(depth=6, width=256, heads=8, patch=2, latent_channels=6, latent_size=16, scene_width=128)
+DEMO = dict(depth=6, width=256, heads=4, patch=2, latent_channels=6, latent_size=16, scene_width=128)
 
 
 def make_config(name, frames=8, **rest):
