@@ -47,9 +47,10 @@ def render_clip(face, motion, size):
 
 
 def regions(face, controls, square, size):
-    """For hair, shirt and background the pixels (size, size) bool that show it: those that change fully with its colour."""
+    """For hair, shirt and background the pixels (size, size) bool that show it: those that change fully with its colour. `square`
+    is that of the crop in pictures of 256 pixels."""
     def cut(f):
-        return data.crop(world.render(f, controls, 256), square, size).astype(float)
+        return data.crop(world.render(f, controls, 128), tuple(round(x / 2) for x in square), size).astype(float)
     base = cut(face)
     found = {}
     for name, table in COLOURS.items():
@@ -141,11 +142,12 @@ def run_case(seed, frames, held_out, reenactor, landmarker):
     """Scores of generated, true, and true-through-the-autoencoder, and a sheet row of pictures."""
     face_a, face_b, motion = make_case(seed, frames, held_out)
     size, still = reenactor.size, world.sample_motion(np.random.default_rng(UNSEEN + seed), 1)
-    tracked = data.track(render_clip(face_b, motion, 256), landmarker, f"driving case {seed}")
+    driving = render_clip(face_b, motion, 256)
+    tracked = data.track(driving, landmarker, f"driving case {seed}")
     source = render_clip(face_a, still, 256)
     source = data.crop(source[0], data.track(source, landmarker, f"source case {seed}").square, size)
     true = np.stack([data.crop(im, tracked.square, size) for im in render_clip(face_a, motion, 256)])
-    driving = np.stack([data.crop(im, tracked.square, size) for im in render_clip(face_b, motion, 256)])
+    driving = np.stack([data.crop(im, tracked.square, size) for im in driving])
     masks = [regions(face_a, {k: v[i] for k, v in motion.items()}, tracked.square, size) for i in range(frames)]
     made = reenactor(source, tracked.landmarks, seed)
     scores = {name: score(im, true, tracked.landmarks, masks, face_a, landmarker)
