@@ -12,9 +12,12 @@ import functools
 import json
 import math
 import os
+import resource
 import shutil
 import sys
+import time
 import zlib
+from collections import defaultdict
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -377,6 +380,32 @@ def to_images(tensor):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# What work cost
+
+def peak_memory(device="cpu"):
+    """GiB: of the GPU's allocator, or of the process."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+
+class Stopwatch:
+    """Seconds by part, for the line at the end."""
+
+    def __init__(self):
+        self.seconds = defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, part):
+        began = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - began
+
+    def __str__(self):
+        return ", ".join(f"{part} {s:.1f} s" for part, s in self.seconds.items()) + f"; peak memory {peak_memory():.1f} GiB"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # CLIP
 
 # OpenAI's models have "quick" GELU; open_clip's configuration by the name ViT-L-14 has not, and would load them without a word.
@@ -431,17 +460,20 @@ def clip_pixels(pixels, size):
 # Clips -> cached records
 
 @torch.no_grad()
-def encode_clip(pixels, tracked, fps, autoencoder, scene_encoder):
+def encode_clip(pixels, tracked, fps, autoencoder, scene_encoder, watch=lambda part: contextlib.nullcontext()):
     """Cache record of a clip: pixels (M, size, size, 3) uint8 cut by `crop`, its Track, its rate. M frames, numpy arrays:
     latent (M, C, H, W) f16, landmarks (M, 478, 3) f16, weight (M, H, W) u8, found (M,) bool, scene (2, S) f16 of the first and
     the last frame (the only ones that can be a source; see `choose_frames`), fps (2,) numerator and denominator."""
     device = next(autoencoder.parameters()).device
     images = to_tensor(pixels)
-    latent = torch.cat([autoencoder.encode(part.to(device)).half().cpu() for part in images.split(32)])
-    size = latent.shape[-1]
-    return dict(latent=latent.numpy(), landmarks=tracked.landmarks.astype(np.float16), found=tracked.found,
-                weight=np.stack([expressive_mask(points, size) for points in tracked.landmarks]),
-                scene=scene_encoder.images(images[[0, -1]]).half().cpu().numpy(), fps=np.array(Fraction(fps).as_integer_ratio()))
+    with watch("autoencoder"):
+        latent = torch.cat([autoencoder.encode(part.to(device)).half().cpu() for part in images.split(32)]).numpy()
+    with watch("masks"):
+        weight = np.stack([expressive_mask(points, latent.shape[-1]) for points in tracked.landmarks])
+    with watch("CLIP"):
+        scene = scene_encoder.images(images[[0, -1]]).half().cpu().numpy()
+    return dict(latent=latent, landmarks=tracked.landmarks.astype(np.float16), found=tracked.found, weight=weight, scene=scene,
+                fps=np.array(Fraction(fps).as_integer_ratio()))
 
 
 class CacheWriter:
@@ -658,7 +690,7 @@ def resize_to(picture, longest):
     return picture if scale >= 1 else cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
 
 
-def clip_crops(path, landmarker, size):
+def clip_crops(path, landmarker, size, watch):
     """(pixels (M, size, size, 3) uint8, Track, fps) of a face clip, or of a still picture as a pseudo-clip of 8 frames a second."""
     if path.suffix.lower() in PICTURES:
         picture = read_picture(path)
@@ -668,8 +700,10 @@ def clip_crops(path, landmarker, size):
     else:
         frames = Video(path)
         fps = frames.fps
-    tracked = track(frames, landmarker, path)
-    return np.stack([crop(frame, tracked.square, size) for frame in frames]), tracked, fps
+    with watch("decoding, landmarks"):
+        tracked = track(frames, landmarker, path)
+    with watch("decoding, crops"):
+        return np.stack([crop(frame, tracked.square, size) for frame in frames]), tracked, fps
 
 
 def disk_needed(paths, about):
@@ -682,14 +716,31 @@ def disk_needed(paths, about):
     return len(paths) * np.mean(lengths or [100]) * (2 * about["latent_channels"] * cells + 2 * 3 * LANDMARKS + cells + 1)
 
 
+def bench(cache, frames=8, rows=2000):
+    """Print the rows a second that one process loads from a cache, in random order, as training does."""
+    loader = Rows(cache, frames)
+    for n in range(rows // 10):                                                 # the files come into memory
+        loader[n]
+    began = time.perf_counter()
+    for n in tqdm(range(rows // 10, rows + rows // 10), "rows", leave=False):
+        loader[n]
+    seconds = time.perf_counter() - began
+    print(f"{rows} rows of {frames} frames in {seconds:.1f} s: {rows / seconds:.0f} rows a second from {len(loader)} clips in {cache}")
+
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("clips", type=Path, help="folder tree of videos of one face each, and of pictures, which become short clips by moving them")
+    ap.add_argument("clips", type=Path, nargs="?", help="folder tree of videos of one face each, and of pictures, which become short clips by moving them")
     ap.add_argument("--out", type=Path, default=Path("cache"), help="folder of the cache")
     ap.add_argument("--autoencoder", default=DEMO / "autoencoder.safetensors", help="file, or sd-vae-ft-mse or sd-vae-ft-ema")
     ap.add_argument("--clip", default=DEMO / "clip.safetensors", help="file, or ViT-L-14")
     ap.add_argument("--size", type=int, help="pixels a side (default: 64 for the demo's autoencoder, else 256)")
+    ap.add_argument("--bench", action="store_true", help="measure how fast training rows load from the finished cache --out")
     a = ap.parse_args()
+    if a.bench:
+        return bench(a.out)
+    if a.clips is None:
+        raise UserError("name the folder of clips: python data.py CLIPS --out cache")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if (a.out / "index.json").exists():
         raise UserError(f"{a.out} already holds a cache; name another folder or remove it")
@@ -709,12 +760,14 @@ def main():
             done |= {e["file"] for e in json.loads(f.metadata()["config"])}
     mine = [p for p in paths[rank::world] if str(p.relative_to(a.clips)) not in done]
     enough_disk(a.out, disk_needed(mine, about) if mine else 0)
+    watch, frames = Stopwatch(), 0
     with open(a.out / f"rejected-{rank:04d}.jsonl", "a") as rejected:
         for path in tqdm(mine, f"clips, rank {rank}" if world > 1 else "clips", unit="clip"):
             entry = dict(file=str(path.relative_to(a.clips)))
             try:
-                pixels, tracked, fps = clip_crops(path, landmarker, size)
-                record = encode_clip(pixels, tracked, fps, autoencoder, scene_encoder)
+                pixels, tracked, fps = clip_crops(path, landmarker, size, watch)
+                record = encode_clip(pixels, tracked, fps, autoencoder, scene_encoder, watch)
+                frames += len(pixels)
             except Exception as e:                                              # whatever is wrong with a file, the rest goes on
                 entry |= dict(rejected=str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}")
                 rejected.write(json.dumps(entry) + "\n")
@@ -723,6 +776,7 @@ def main():
                 writer.add(record, entry | dict(frames=len(pixels), missed=int((~tracked.found).sum()), square=tracked.square))
     writer.flush()
     finished[rank].touch()
+    print(f"{frames} frames; frames a second: " + ", ".join(f"{part} {frames / s:.0f}" for part, s in watch.seconds.items()))
     if not all(p.exists() for p in finished):
         return print(f"rank {rank} is done; the last one writes the index")
     entries = finish_cache(a.out, about)

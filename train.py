@@ -13,7 +13,6 @@ import dataclasses
 import json
 import math
 import os
-import resource
 import signal
 import statistics
 import sys
@@ -173,13 +172,6 @@ def device_peak(device, dtype):
         float((a @ a)[0, 0])                                                    # waits for the result
         seconds.append(time.perf_counter() - began)
     return 2 * n ** 3 / statistics.median(seconds) / 1e12
-
-
-def peak_memory(device):
-    """GiB: of the GPU's allocator, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
 class Meter:
@@ -388,7 +380,7 @@ def main():
             speed = (step + 1 - logged[0]) * a.batch / (time.time() - logged[1])
             report(log, bar, dict(step=step + 1, loss=loss, bound=bound, quarters=quarters, lr=optimizer.param_groups[0]["lr"], norm=norm,
                                   rows_per_s=speed, tflops=speed * flops / 1e12, mfu=speed * flops / 1e12 / peak / world,
-                                  memory_gib=peak_memory(device), eta_s=(a.steps - step - 1) * a.batch / speed))
+                                  memory_gib=data.peak_memory(device.type), eta_s=(a.steps - step - 1) * a.batch / speed))
             logged = step + 1, time.time()
         if (saving or stopping) and rank == 0:
             save_state(a.out, step + 1, model, ema, optimizer, recipe)
