@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import sys
 from dataclasses import dataclass
@@ -557,8 +556,9 @@ def read_tensors(path):
             return tensors.get("state_dict", tensors), {}
         with safetensors.safe_open(path, "pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("config", "{}"))
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as e:
-        raise UserError(f"{path} is not a whole file of weights ({str(e).splitlines()[0]}); make or fetch it again") from None
+    except Exception as e:                                                      # torch raises a dozen kinds for a torn file
+        reason = str(e).partition("\n")[0]
+        raise UserError(f"{path} is not a whole file of weights, or not of weights alone ({reason}); make or fetch it again") from None
 
 
 def fill(model, tensors, path):

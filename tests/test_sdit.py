@@ -162,7 +162,7 @@ def test_files_round_trip_and_say_what_does_not_fit(tmp_path):
     with pytest.raises(sdit.UserError, match="not a file of the AutoencoderKL"):
         sdit.load_autoencoder(path)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(sdit.UserError, match="not a whole safetensors file"):
+    with pytest.raises(sdit.UserError, match="not a whole file of weights"):
         sdit.load_model(path)
     with pytest.raises(sdit.UserError, match="no such model file"):
         sdit.load_model(tmp_path / "none")
