@@ -8,9 +8,16 @@ finds the face in every frame and the one square of the clip, `crop` cuts it, `S
 """
 import argparse
 import contextlib
+import functools
 import json
+import math
 import os
+import resource
+import shutil
 import sys
+import time
+import zlib
+from collections import defaultdict
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -30,6 +37,7 @@ from sdit import LANDMARKS, UserError
 
 DEMO = Path(__file__).resolve().parent / "demo"
 VIDEOS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Video and pictures, in and out
@@ -372,15 +380,48 @@ def to_images(tensor):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# What work cost
+
+def peak_memory(device="cpu"):
+    """GiB: of the GPU's allocator, or of the process."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+
+class Stopwatch:
+    """Seconds by part, for the line at the end."""
+
+    def __init__(self):
+        self.seconds = defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, part):
+        began = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - began
+
+    def __str__(self):
+        return ", ".join(f"{part} {s:.1f} s" for part, s in self.seconds.items()) + f"; peak memory {peak_memory():.1f} GiB"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # CLIP
+
+# OpenAI's models have "quick" GELU; open_clip's configuration by the name ViT-L-14 has not, and would load them without a word.
+OPENAI_VIT_L14 = dict(embed_dim=768, quick_gelu=True, vision_cfg=dict(image_size=224, layers=24, width=1024, patch_size=14),
+                      text_cfg=dict(context_length=77, vocab_size=49408, width=768, heads=12, layers=12))
+
 
 class SceneEncoder:
     """The global signal (paper 3.1): a CLIP model of open_clip, frozen; pictures and texts -> unit vectors (B, S).
 
-    Its file is safetensors with open_clip's own configuration (embed_dim, vision_cfg, text_cfg) as metadata."""
+    Its file is safetensors with open_clip's own configuration (embed_dim, vision_cfg, text_cfg) as metadata; a file without
+    metadata is taken for OpenAI's ViT-L/14 as open_clip publishes it."""
 
     def __init__(self, path, device="cpu"):
         tensors, config = sdit.read_tensors(path)
+        config = config or OPENAI_VIT_L14
         if not {"embed_dim", "vision_cfg", "text_cfg"} <= set(config):
             raise UserError(f"{path} is not a CLIP file: its metadata has no open_clip configuration")
         self.model, self.tokenizer = build_clip(config)
@@ -419,50 +460,79 @@ def clip_pixels(pixels, size):
 # Clips -> cached records
 
 @torch.no_grad()
-def encode_clip(pixels, tracked, fps, autoencoder, scene_encoder):
+def encode_clip(pixels, tracked, fps, autoencoder, scene_encoder, watch=lambda part: contextlib.nullcontext()):
     """Cache record of a clip: pixels (M, size, size, 3) uint8 cut by `crop`, its Track, its rate. M frames, numpy arrays:
     latent (M, C, H, W) f16, landmarks (M, 478, 3) f16, weight (M, H, W) u8, found (M,) bool, scene (2, S) f16 of the first and
     the last frame (the only ones that can be a source; see `choose_frames`), fps (2,) numerator and denominator."""
     device = next(autoencoder.parameters()).device
     images = to_tensor(pixels)
-    latent = torch.cat([autoencoder.encode(part.to(device)).half().cpu() for part in images.split(32)])
-    size = latent.shape[-1]
-    return dict(latent=latent.numpy(), landmarks=tracked.landmarks.astype(np.float16), found=tracked.found,
-                weight=np.stack([expressive_mask(points, size) for points in tracked.landmarks]),
-                scene=scene_encoder.images(images[[0, -1]]).half().cpu().numpy(), fps=np.array(Fraction(fps).as_integer_ratio()))
+    with watch("autoencoder"):
+        latent = torch.cat([autoencoder.encode(part.to(device)).half().cpu() for part in images.split(32)]).numpy()
+    with watch("masks"):
+        weight = np.stack([expressive_mask(points, latent.shape[-1]) for points in tracked.landmarks])
+    with watch("CLIP"):
+        scene = scene_encoder.images(images[[0, -1]]).half().cpu().numpy()
+    return dict(latent=latent, landmarks=tracked.landmarks.astype(np.float16), found=tracked.found, weight=weight, scene=scene,
+                fps=np.array(Fraction(fps).as_integer_ratio()))
 
 
 class CacheWriter:
-    """Write records into safetensors shards of `clips_per_shard` clips, and the index that makes them a cache."""
+    """Write records into safetensors shards of `clips_per_shard` clips. A shard carries the manifest entries of its clips, and its
+    name appears when it is whole: what stands in a shard is done. Several ranks write into one folder, each its own shards."""
 
-    def __init__(self, folder, about, clips_per_shard=1000):
-        self.folder, self.about, self.size = Path(folder), about, clips_per_shard
+    def __init__(self, folder, rank=0, clips_per_shard=256):
+        self.folder, self.rank, self.size = Path(folder), rank, clips_per_shard
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.records, self.shards = [], []
+        self.records, self.entries = [], []
 
-    def add(self, record):
+    def add(self, record, entry):
         self.records.append(record)
+        self.entries.append(entry)
         if len(self.records) == self.size:
             self.flush()
 
     def flush(self):
+        """Write what was added since the last shard."""
         if not self.records:
             return
         frames = [k for k in self.records[0] if k not in ("scene", "fps")]
         shard = {k: np.concatenate([r[k] for r in self.records]) for k in frames}
         shard |= {k: np.stack([r[k] for r in self.records]) for k in ("scene", "fps")}
         shard["offsets"] = np.cumsum([0] + [len(r["found"]) for r in self.records])
-        name = f"shard-{len(self.shards):05d}.safetensors"
-        sdit.write_tensors(self.folder / name, {k: torch.from_numpy(v) for k, v in shard.items()}, {})
-        self.shards.append(dict(file=name, clips=len(self.records), frames=int(shard["offsets"][-1])))
-        self.records = []
+        enough_disk(self.folder, sum(v.nbytes for v in shard.values()))
+        number = len(list(self.folder.glob(f"shard-{self.rank:04d}-*")))
+        sdit.write_tensors(self.folder / f"shard-{self.rank:04d}-{number:06d}.safetensors", {k: torch.from_numpy(v) for k, v in shard.items()},
+                           self.entries)
+        self.records, self.entries = [], []
 
-    def close(self):
-        """Write the last shard and the index; before that the folder is not a cache."""
-        self.flush()
-        temporary = self.folder / "index.json.tmp"
-        temporary.write_text(json.dumps(self.about | dict(shards=self.shards), indent=1))
-        os.replace(temporary, self.folder / "index.json")
+
+def finish_cache(folder, about):
+    """Make a folder of shards a cache: manifest.jsonl, a line for every clip, taken or rejected, and index.json."""
+    folder, shards, lines = Path(folder), [], read_lines(folder.glob("rejected-*.jsonl"))
+    for path in sorted(folder.glob("shard-*.safetensors")):
+        with safetensors.safe_open(path, "np") as f:
+            entries, lengths = json.loads(f.metadata()["config"]), np.diff(f.get_tensor("offsets"))
+        lines += entries
+        shards.append(dict(file=path.name, clips=len(entries), frames=int(lengths.sum()), longest=int(lengths.max())))
+    texts = {"manifest.jsonl": "".join(json.dumps(e) + "\n" for e in sorted(lines, key=lambda e: e["file"])),
+             "index.json": json.dumps(about | dict(shards=shards), indent=1)}
+    for name, text in texts.items():                                            # the index last: with it the folder is a cache
+        temporary = folder / f"{name}.{os.getpid()}.tmp"
+        temporary.write_text(text)
+        os.replace(temporary, folder / name)
+    return lines
+
+
+def read_lines(paths):
+    """All entries of JSON-lines files; a last line that was cut off in writing is left out."""
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def enough_disk(folder, needed):
+    free = shutil.disk_usage(folder).free
+    if free < needed * 1.1:
+        raise UserError(f"{folder} needs about {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; make room and give the same command "
+                        f"again: it goes on where it was")
 
 
 def cache_about(autoencoder_path, clip_path, autoencoder, scene_width, size):
@@ -490,38 +560,67 @@ def choose_frames(rng, found, T):
     return times, 0 if times[0] >= last - times[-1] else last
 
 
+@functools.lru_cache(maxsize=256)
+def open_shard(path):
+    """A memory-mapped shard; the most recent ones stay open."""
+    return safetensors.safe_open(path, "pt")
+
+
+HELD_OUT = 8                                       # last clips of a cache, which train.py's previews show and training never sees
+
+
 class Rows(torch.utils.data.Dataset):
-    """Training rows of a cache. Row number n is a function of (seed, n) alone, so that data order needs no state.
+    """Training rows of one or more caches. Row number n is a function of (seed, n) alone, so that data order needs no state, and
+    any number of processes sees the same rows.
 
-    A row is a dict: latents (T, C, H, W), landmarks (T, 478, 3), mask (T, H, W) in 0..1 (the record's weight), scene (S,), all float32. Clips with
-    fewer than T + 2 frames are left out (see `choose_frames`)."""
+    `caches` is a folder, or several as "FOLDER:SHARE", from which rows are drawn in these shares. A row is a dict: latents
+    (T, C, H, W), landmarks (T, 478, 3), mask (T, H, W) in 0..1 (the record's weight), scene (S,), all float32. Clips with fewer
+    than T + 2 frames give way to the next one (see `choose_frames`). With `held_out` the rows are of the held-out clips (of a
+    cache below 10 times as many, where none are held out, of its last)."""
 
-    def __init__(self, folder, frames, seed=0):
-        index = Path(folder) / "index.json"
-        if not index.is_file():
-            raise UserError(f"no cache in {folder} (no index.json); make one: python data.py CLIPS --out {folder}")
-        self.about, self.folder, self.frames, self.seed = json.loads(index.read_text()), Path(folder), frames, seed
-        self.shards = [safetensors.safe_open(self.folder / s["file"], "pt") for s in self.about["shards"]]
-        self.clips = []                                                         # (shard, clip, first frame, end)
-        for number, shard in enumerate(self.shards):
-            offsets = shard.get_tensor("offsets").tolist()
-            self.clips += [(number, i, a, b) for i, (a, b) in enumerate(zip(offsets, offsets[1:])) if b - a >= frames + 2]
-        if not self.clips:
-            raise UserError(f"no clip in {folder} has {frames + 2} frames, which rows of {frames} need; cache longer clips")
-        self.order = (-1, None)
+    def __init__(self, caches, frames, seed=0, held_out=False):
+        self.frames, self.seed, self.held_out = frames, seed, held_out
+        caches = [split_share(c) for c in ([caches] if isinstance(caches, (str, Path)) else caches)]
+        self.folders, shares = zip(*caches)
+        self.shares = np.array(shares) / sum(shares)
+        indices = [read_index(folder, frames) for folder in self.folders]
+        self.about, self.folder, self.shards = indices[0], self.folders[0], [i["shards"] for i in indices]
+        for folder, index in zip(self.folders, indices):
+            if other := [k for k in index if k not in ("shards", "size") and index[k] != self.about.get(k)]:
+                raise UserError(f"{folder} and {self.folder} were made with another {' and '.join(other)}; caches that are mixed must agree")
+        self.ends = [np.cumsum([s["clips"] for s in shards]) for shards in self.shards]     # clips up to the end of each shard
+        held = [HELD_OUT if ends[-1] >= 10 * HELD_OUT else 0 for ends in self.ends]
+        self.ranges = [range(max(0, ends[-1] - HELD_OUT), ends[-1]) if held_out else range(ends[-1] - h) for ends, h in zip(self.ends, held)]
+        self.orders = {}
 
     def __len__(self):
-        return len(self.clips)
+        return sum(map(len, self.ranges))
+
+    def _locate(self, cache, clip):
+        """(open shard, number in it, first frame, end) of a clip of a cache."""
+        number = int(np.searchsorted(self.ends[cache], clip, "right"))
+        shard = open_shard(str(self.folders[cache] / self.shards[cache][number]["file"]))
+        clip = int(clip) - int(self.ends[cache][number]) + self.shards[cache][number]["clips"]
+        first, end = shard.get_slice("offsets")[clip:clip + 2].tolist()
+        return shard, clip, first, end
 
     def _clip(self, n):
-        epoch, i = divmod(n, len(self.clips))
-        if self.order[0] != epoch:
-            self.order = epoch, np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.clips))
-        return self.clips[self.order[1][i]]
+        """The clip of row n: every cache is gone through in a new random order each epoch."""
+        cache = np.random.default_rng([self.seed, 2, n]).choice(len(self.shares), p=self.shares) if len(self.shares) > 1 else 0
+        clips = self.ranges[cache]
+        epoch, i = divmod(n, len(clips))
+        if self.orders.get(cache, (-1,))[0] != epoch:
+            shuffled = np.arange(len(clips)) if self.held_out else np.random.default_rng([self.seed, 0, epoch]).permutation(len(clips))
+            self.orders[cache] = epoch, shuffled
+        order = self.orders[cache][1]
+        for k in range(len(clips)):
+            found = self._locate(cache, clips[order[(i + k) % len(clips)]])
+            if found[3] - found[2] >= self.frames + 2:
+                return found
+        raise UserError(f"no clip in {self.folders[cache]} for training has {self.frames + 2} frames; cache longer clips")
 
     def __getitem__(self, n):
-        number, clip, first, end = self._clip(n)
-        shard = self.shards[number]
+        shard, clip, first, end = self._clip(n)
         times, source = choose_frames(np.random.default_rng([self.seed, 1, n]), shard.get_slice("found")[first:end].numpy(), self.frames)
         latents, landmarks, weight = (shard.get_slice(k)[first:end][times].float() for k in ("latent", "landmarks", "weight"))
         scene = shard.get_slice("scene")[clip][0 if source == 0 else 1].float()
@@ -529,53 +628,160 @@ class Rows(torch.utils.data.Dataset):
 
     def statistics(self, clips=2000):
         """(mean, spread) of the landmarks, (478, 3) each, and the mean scene vector (S,), over evenly spread clips."""
-        chosen = [self.clips[i] for i in np.linspace(0, len(self.clips) - 1, min(clips, len(self.clips))).astype(int)]
-        points = torch.cat([self.shards[s].get_slice("landmarks")[a:b].float() for s, _, a, b in chosen])
-        scenes = torch.cat([self.shards[s].get_slice("scene")[i:i + 1].float() for s, i, _, _ in chosen])
-        return points.mean(0), points.std(0).clamp_min(1e-3), scenes.mean((0, 1))
+        points, scenes = [], []
+        for cache, (share, there) in enumerate(zip(self.shares, self.ranges)):
+            for i in np.linspace(0, len(there) - 1, min(math.ceil(clips * share), len(there))).astype(int):
+                shard, clip, first, end = self._locate(cache, there[i])
+                points.append(shard.get_slice("landmarks")[first:end].float())
+                scenes.append(shard.get_slice("scene")[clip].float())
+        points, scenes = torch.cat(points), torch.cat(scenes)
+        return points.mean(0), points.std(0).clamp_min(1e-3), scenes.mean(0)
+
+
+def split_share(text):
+    """"FOLDER:SHARE" or "FOLDER" -> (folder, share)."""
+    folder, colon, share = str(text).rpartition(":")
+    try:
+        share = float(share)
+    except ValueError:
+        return Path(text), 1.0
+    if not colon or not 0 < share < math.inf:
+        raise UserError(f"{text} is not CACHE or CACHE:SHARE with a positive share, as in cache:0.9")
+    return Path(folder), share
+
+
+def read_index(folder, frames):
+    """The index of a cache that has rows of `frames` frames."""
+    path = folder / "index.json"
+    if not path.is_file():
+        unfinished = f"{folder} is unfinished: give the data.py command that began it again" if list(folder.glob("shard-*")) else \
+            f"no cache in {folder} (no index.json); make one: python data.py CLIPS --out {folder}"
+        raise UserError(unfinished)
+    index = json.loads(path.read_text())
+    if max(s["longest"] for s in index["shards"]) < frames + 2:
+        raise UserError(f"no clip in {folder} has {frames + 2} frames, which rows of {frames} need; cache longer clips")
+    return index
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-def clip_crops(path, landmarker, size):
-    """(pixels (M, size, size, 3) uint8, Track, fps) of a face clip on disk."""
-    video = Video(path)
-    tracked = track(video, landmarker, path)
-    return np.stack([crop(frame, tracked.square, size) for frame in video]), tracked, video.fps
+def pseudo_clip(picture, seed, M=16):
+    """Yield M frames of a still picture that moves: a stand-in for a clip (paper A: drawn faces "animated" by geometric
+    transforms; which ones it does not say). Turn, size, place and perspective swing smoothly, each as one slow wave of random
+    phase; the picture is mirrored at its border."""
+    rng = np.random.default_rng(seed)
+    picture = resize_to(picture, 768)
+    h, w = picture.shape[:2]
+    corners = np.float32([[0, 0], [w, 0], [w, h], [0, h]])
+    reach = np.array([0.25, 0.12, 0.06, 0.06, 0.08, 0.08])                      # radians; share of size; shares of the picture's side
+    rate, phase = rng.uniform(0.5, 1.2, 6), rng.uniform(0, 2 * np.pi, 6)
+    for m in range(M):
+        turn, grow, dx, dy, lean_x, lean_y = reach * np.sin(2 * np.pi * rate * m / M + phase)
+        spin = np.float32([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]) * (1 + grow)
+        moved = (corners - (w / 2, h / 2)) @ spin + (w * (0.5 + dx), h * (0.5 + dy))
+        moved += np.float32([[lean_x, lean_y], [-lean_x, -lean_y], [lean_x, lean_y], [-lean_x, -lean_y]]) * (w, h)
+        warp = cv2.getPerspectiveTransform(corners, np.float32(moved))
+        yield cv2.warpPerspective(picture, warp, (w, h), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+
+
+def resize_to(picture, longest):
+    """`picture` with its longer side at most `longest`."""
+    scale = longest / max(picture.shape[:2])
+    return picture if scale >= 1 else cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+
+
+def clip_crops(path, landmarker, size, watch):
+    """(pixels (M, size, size, 3) uint8, Track, fps) of a face clip, or of a still picture as a pseudo-clip of 8 frames a second."""
+    if path.suffix.lower() in PICTURES:
+        picture = read_picture(path)
+        if picture is None:
+            raise UserError(f"{path} is not a picture that can be read")
+        frames, fps = list(pseudo_clip(picture, zlib.crc32(path.name.encode()))), Fraction(8)
+    else:
+        frames = Video(path)
+        fps = frames.fps
+    with watch("decoding, landmarks"):
+        tracked = track(frames, landmarker, path)
+    with watch("decoding, crops"):
+        return np.stack([crop(frame, tracked.square, size) for frame in frames]), tracked, fps
+
+
+def disk_needed(paths, about):
+    """Bytes that the records of these clips will take, from the lengths of ten of them."""
+    lengths = []
+    for path in paths[::max(1, len(paths) // 10)]:
+        with contextlib.suppress(UserError):
+            lengths.append(16 if path.suffix.lower() in PICTURES else len(Video(path)))
+    cells = about["latent_size"] ** 2
+    return len(paths) * np.mean(lengths or [100]) * (2 * about["latent_channels"] * cells + 2 * 3 * LANDMARKS + cells + 1)
+
+
+def bench(cache, frames=8, rows=2000):
+    """Print the rows a second that one process loads from a cache, in random order, as training does."""
+    loader = Rows(cache, frames)
+    for n in range(rows // 10):                                                 # the files come into memory
+        loader[n]
+    began = time.perf_counter()
+    for n in tqdm(range(rows // 10, rows + rows // 10), "rows", leave=False):
+        loader[n]
+    seconds = time.perf_counter() - began
+    print(f"{rows} rows of {frames} frames in {seconds:.1f} s: {rows / seconds:.0f} rows a second from {len(loader)} clips in {cache}")
 
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("clips", type=Path, help="folder tree of videos of one face each")
+    ap.add_argument("clips", type=Path, nargs="?", help="folder tree of videos of one face each, and of pictures, which become short clips by moving them")
     ap.add_argument("--out", type=Path, default=Path("cache"), help="folder of the cache")
-    ap.add_argument("--autoencoder", type=Path, default=DEMO / "autoencoder.safetensors")
-    ap.add_argument("--clip", type=Path, default=DEMO / "clip.safetensors")
+    ap.add_argument("--autoencoder", default=DEMO / "autoencoder.safetensors", help="file, or sd-vae-ft-mse or sd-vae-ft-ema")
+    ap.add_argument("--clip", default=DEMO / "clip.safetensors", help="file, or ViT-L-14")
     ap.add_argument("--size", type=int, help="pixels a side (default: 64 for the demo's autoencoder, else 256)")
+    ap.add_argument("--bench", action="store_true", help="measure how fast training rows load from the finished cache --out")
     a = ap.parse_args()
+    if a.bench:
+        return bench(a.out)
+    if a.clips is None:
+        raise UserError("name the folder of clips: python data.py CLIPS --out cache")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if (a.out / "index.json").exists():
         raise UserError(f"{a.out} already holds a cache; name another folder or remove it")
-    paths = sorted(p for p in a.clips.rglob("*") if p.suffix.lower() in VIDEOS)
+    paths = sorted(p for p in a.clips.rglob("*") if p.suffix.lower() in VIDEOS | PICTURES)
     if not paths:
-        raise UserError(f"no videos ({', '.join(sorted(VIDEOS))}) under {a.clips}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    autoencoder, scene_encoder = sdit.load_autoencoder(a.autoencoder, device), SceneEncoder(a.clip, device)
-    size, landmarker = a.size or (64 if a.autoencoder.resolve().parent == DEMO else 256), FaceLandmarker()
-    writer = CacheWriter(a.out, cache_about(a.autoencoder, a.clip, autoencoder, scene_encoder.model.visual.output_dim, size))
-    with open(a.out / "manifest.jsonl", "w") as manifest:
-        for path in tqdm(paths, "clips", unit="clip"):
+        raise UserError(f"no videos ({', '.join(sorted(VIDEOS))}) and no pictures ({', '.join(sorted(PICTURES))}) under {a.clips}")
+    device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    a.autoencoder, a.clip = sdit.fetch(a.autoencoder), sdit.fetch(a.clip)
+    autoencoder, scene_encoder, landmarker = sdit.load_autoencoder(a.autoencoder, device), SceneEncoder(a.clip, device), FaceLandmarker()
+    size = a.size or (64 if a.autoencoder.resolve().parent == DEMO else 256)
+    about = cache_about(a.autoencoder, a.clip, autoencoder, scene_encoder.model.visual.output_dim, size)
+    writer, listing = CacheWriter(a.out, rank), "\n".join(map(str, paths)) + json.dumps(about)
+    finished = [a.out / f"done-{r:04d}-of-{world:04d}-{zlib.crc32(listing.encode()):08x}" for r in range(world)]
+    done = {e["file"] for e in read_lines(a.out.glob("rejected-*.jsonl"))}
+    for shard in a.out.glob("shard-*.safetensors"):
+        with safetensors.safe_open(shard, "np") as f:
+            done |= {e["file"] for e in json.loads(f.metadata()["config"])}
+    mine = [p for p in paths[rank::world] if str(p.relative_to(a.clips)) not in done]
+    enough_disk(a.out, disk_needed(mine, about) if mine else 0)
+    watch, frames = Stopwatch(), 0
+    with open(a.out / f"rejected-{rank:04d}.jsonl", "a") as rejected:
+        for path in tqdm(mine, f"clips, rank {rank}" if world > 1 else "clips", unit="clip"):
             entry = dict(file=str(path.relative_to(a.clips)))
             try:
-                pixels, tracked, fps = clip_crops(path, landmarker, size)
-                writer.add(encode_clip(pixels, tracked, fps, autoencoder, scene_encoder))
-                entry |= dict(frames=len(pixels), missed=int((~tracked.found).sum()), square=tracked.square)
+                pixels, tracked, fps = clip_crops(path, landmarker, size, watch)
+                record = encode_clip(pixels, tracked, fps, autoencoder, scene_encoder, watch)
+                frames += len(pixels)
             except Exception as e:                                              # whatever is wrong with a file, the rest goes on
                 entry |= dict(rejected=str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}")
-            manifest.write(json.dumps(entry) + "\n")
-            manifest.flush()
-    writer.close()
-    entries = [json.loads(line) for line in open(a.out / "manifest.jsonl")]
-    rejected = [e for e in entries if "rejected" in e]
-    print(f"{len(entries) - len(rejected)} clips in {a.out}; {len(rejected)} rejected, reasons in {a.out / 'manifest.jsonl'}")
+                rejected.write(json.dumps(entry) + "\n")
+                rejected.flush()
+            else:
+                writer.add(record, entry | dict(frames=len(pixels), missed=int((~tracked.found).sum()), square=tracked.square))
+    writer.flush()
+    finished[rank].touch()
+    print(f"{frames} frames; frames a second: " + ", ".join(f"{part} {frames / s:.0f}" for part, s in watch.seconds.items()))
+    if not all(p.exists() for p in finished):
+        return print(f"rank {rank} is done; the last one writes the index")
+    entries = finish_cache(a.out, about)
+    count = sum("rejected" in e for e in entries)
+    print(f"{len(entries) - count} clips in {a.out}; {count} rejected, reasons in {a.out / 'manifest.jsonl'}")
 
 
 if __name__ == "__main__":

@@ -11,11 +11,7 @@ in the memory of a few rows, and are what runs.
 import argparse
 import json
 import math
-import resource
-import sys
-import time
-from collections import defaultdict
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -148,23 +144,6 @@ def sample_rows(model, rows, keep, wanted, conditioning, steps, seed):
 # ----------------------------------------------------------------------------------------------------------------------
 # The whole job
 
-class Stopwatch:
-    """Seconds by part, for the line at the end."""
-
-    def __init__(self):
-        self.seconds = defaultdict(float)
-
-    @contextmanager
-    def __call__(self, part):
-        began = time.perf_counter()
-        yield
-        self.seconds[part] += time.perf_counter() - began
-
-    def __str__(self):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
-        return ", ".join(f"{part} {s:.1f} s" for part, s in self.seconds.items()) + f"; peak memory {peak:.1f} GiB"
-
-
 def read_source(path, landmarker, size):
     """The source's face crop (size, size, 3) uint8: a picture, or the first frame with a face of a video."""
     picture = data.read_picture(path)
@@ -214,7 +193,7 @@ def reenact(source, driving, out="reenacted.mp4", model=DEMO / "sdit.safetensors
 
     out has the frames, rate and sound of `driving`, or of its frames `only` ("a:b"); `compare` writes, beside it,
     OUT-compare.mp4: source, driving face, result. Returns the seconds by part. Raises UserError on bad input; then nothing is written."""
-    watch, paths = Stopwatch(), [Path(out), Path(out).with_name(f"{Path(out).stem}-compare.mp4")][:1 + compare]
+    watch, paths = data.Stopwatch(), [Path(out), Path(out).with_name(f"{Path(out).stem}-compare.mp4")][:1 + compare]
     for path in paths:
         data.check_output(path, source, driving)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

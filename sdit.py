@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -545,14 +546,19 @@ def write_tensors(path, tensors, config):
 
 
 def read_tensors(path):
-    """(tensors, config) of a file from `write_tensors`."""
+    """(tensors, config) of a model file: safetensors (config from its metadata, {} where there is none), or a checkpoint of
+    PyTorch, which is loaded with weights_only=True."""
     if not Path(path).is_file():
         raise UserError(f"no such model file: {path}")
     try:
+        if Path(path).suffix in (".pt", ".pth", ".ckpt", ".bin"):
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            return tensors.get("state_dict", tensors), {}
         with safetensors.safe_open(path, "pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("config", "{}"))
-    except safetensors.SafetensorError as e:
-        raise UserError(f"{path} is not a whole safetensors file ({e}); make or fetch it again") from None
+    except Exception as e:                                                      # torch raises a dozen kinds for a torn file
+        reason = str(e).partition("\n")[0]
+        raise UserError(f"{path} is not a whole file of weights, or not of weights alone ({reason}); make or fetch it again") from None
 
 
 def fill(model, tensors, path):
@@ -586,8 +592,45 @@ def load_model(path, device="cpu"):
 
 
 def load_autoencoder(path, device="cpu"):
-    """The AutoencoderKL of a model file, frozen (paper 3.1)."""
-    return _load(path, device, AutoencoderKL, AutoencoderConfig).to(memory_format=torch.channels_last)
+    """The AutoencoderKL of a model file, frozen (paper 3.1): ours, or a published one (Stable Diffusion's, any layout)."""
+    tensors, config = read_tensors(path)
+    if config:
+        return _load(path, device, AutoencoderKL, AutoencoderConfig).to(memory_format=torch.channels_last)
+    tensors = {diffusers_name(k): v for k, v in tensors.items() if not k.startswith(FOREIGN)}
+    tensors = {k: v.flatten(1) if "attentions" in k and v.dim() == 4 else v for k, v in tensors.items()}    # 1 x 1 convolutions there
+    model = fill(AutoencoderKL(AutoencoderConfig()), tensors, path)
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+# What else is in whole Stable Diffusion checkpoints and in training checkpoints of the autoencoder.
+FOREIGN = ("model.diffusion_model.", "model_ema.", "cond_stage_model.", "loss.", "betas", "alphas_", "sqrt_", "log_one_", "posterior_")
+
+
+def diffusers_name(name):
+    """Name in the diffusers layout, ours, of a tensor in that of the original code (kl-f8) or of diffusers before 0.15."""
+    name = name.removeprefix("first_stage_model.")
+    name = re.sub(r"decoder\.up\.(\d)", lambda m: f"decoder.up_blocks.{3 - int(m[1])}", name)              # counted from the other end
+    for old, new in ((r"encoder\.down\.", "encoder.down_blocks."), (r"\.block\.(\d)", r".resnets.\1"), (r"nin_shortcut", "conv_shortcut"),
+                     (r"\.downsample\.", ".downsamplers.0."), (r"\.upsample\.", ".upsamplers.0."), (r"mid\.block_1", "mid_block.resnets.0"),
+                     (r"mid\.block_2", "mid_block.resnets.1"), (r"mid\.attn_1\.norm", "mid_block.attentions.0.group_norm"),
+                     (r"mid\.attn_1", "mid_block.attentions.0"), (r"coder\.norm_out", "coder.conv_norm_out"),
+                     (r"(attentions\.0)\.(?:q|query)\.", r"\1.to_q."), (r"(attentions\.0)\.(?:k|key)\.", r"\1.to_k."),
+                     (r"(attentions\.0)\.(?:v|value)\.", r"\1.to_v."), (r"(attentions\.0)\.(?:proj_out|proj_attn)\.", r"\1.to_out.0.")):
+        name = re.sub(old, new, name)
+    return name
+
+
+def init_weights(model, path):
+    """Start training of `model` from a file: a model file of ours (all weights), or a checkpoint of DiT trained on images
+    (DiT-XL-2-256x256.pt): those are the transformer's weights; the mapping network, which DiT lacks, starts from scratch, and
+    DiT's class embedding is left out."""
+    tensors, config = read_tensors(path)
+    if not config:
+        tensors = {k: v for k, v in tensors.items() if k not in ("pos_embed", "y_embedder.embedding_table.weight")}
+        tensors |= {k: v for k, v in model.state_dict().items() if k.startswith("mapping.")}
+        print(f"{path}: weights of an image model without our metadata, taken as DiT's; those are licensed CC BY-NC 4.0, not for commercial use, "
+              f"and so is what is trained from them")
+    fill(model, tensors, path)
 
 
 @functools.cache
@@ -597,11 +640,39 @@ def sha256(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+DOWNLOADS = Path.home() / ".cache" / "anchored-diffusion"
+HUB = "https://huggingface.co"
+# Third-party weights by name: address, pinned to a revision where one is known to us, and sha256 where it is.
+WEIGHTS = {
+    "sd-vae-ft-mse": (f"{HUB}/stabilityai/sd-vae-ft-mse/resolve/31f26fdeee1355a5c34592e401dd41e45d25a493/diffusion_pytorch_model.safetensors",
+                      "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"),
+    "sd-vae-ft-ema": (f"{HUB}/stabilityai/sd-vae-ft-ema/resolve/f04b2c4b98319346dad8c65879f680b1997b204a/diffusion_pytorch_model.safetensors", None),
+    "ViT-L-14": (f"{HUB}/timm/vit_large_patch14_clip_224.openai/resolve/main/open_clip_model.safetensors", None),
+}
+
+
+def fetch(name):
+    """Path of weights given as a file or as a name of WEIGHTS, which is downloaded once to DOWNLOADS."""
+    if str(name) not in WEIGHTS:
+        return Path(name)
+    (url, digest), path = WEIGHTS[str(name)], DOWNLOADS / f"{name}.safetensors"
+    if not path.is_file():
+        DOWNLOADS.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
+        except (OSError, RuntimeError) as e:                                    # no network; another checksum
+            raise UserError(f"cannot download {name} ({e}); fetch {url} by hand and put it at {path}") from None
+    return path
+
+
 def find_weights(name, digest, beside):
-    """Path of the file `name` with the sha256 `digest`: beside the model file `beside`, in the download folder, or the demo's."""
-    folders = [Path(beside).parent, Path.home() / ".cache" / "anchored-diffusion", Path(__file__).parent / "demo"]
+    """Path of the file `name` with the sha256 `digest`: beside the model file `beside`, in the download folder, or the demo's; or by
+    named download."""
+    folders = [Path(beside).parent, DOWNLOADS, Path(__file__).parent / "demo"]
     for path in (folder / name for folder in folders):
         if path.is_file() and sha256(path) == digest:
             return path
+    if name.removesuffix(".safetensors") in WEIGHTS and sha256(path := fetch(name.removesuffix(".safetensors"))) == digest:
+        return path
     raise UserError(f"{beside} was trained with {name} (sha256 {digest[:12]}...), which is neither beside it nor in "
                     f"{folders[1]}; put that file there")

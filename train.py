@@ -1,26 +1,36 @@
 """Train the sDiT and its mapping network on a cache (paper 3.1, 4.1, D). Autoencoder, CLIP and landmarks are frozen: the cache
 holds what they made.
 
-    python train.py --size demo --data cache --steps 3200 --batch 8 --lr 8e-4      # a laptop, an hour, at 64 pixels
-    python train.py                                                # the paper's XL/2, T = 8, batch 16, from ./cache
+    python train.py --size demo --frames 4 --data cache --steps 16000 --batch 4 --lr 8e-4      # a laptop, an hour, at 64 pixels
+    torchrun --nproc_per_node=4 train.py                           # the paper's XL/2, T = 8, batch 16, from ./cache
 
-The same command again goes on from the newest state in --out.
+The same command again goes on from the newest state in --out, on any number of processes. SIGTERM saves and leaves.
 """
 import argparse
+import contextlib
 import copy
 import dataclasses
 import json
 import math
 import os
+import signal
+import statistics
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Subset
+import torch.distributed as dist
+from PIL import Image
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import data
+import sample
 import sdit
-from data import Rows
 from sdit import NoiseSchedule, UserError
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -66,6 +76,17 @@ def diffusion_loss(model, schedule, batch, t, noise, drop, lambda_ex=1.0):
     return error, variational_bound(schedule, x0, xt, predicted.detach(), v, t)
 
 
+class Objective(nn.Module):
+    """`diffusion_loss` as a module: gradients of several processes are averaged around one forward call."""
+
+    def __init__(self, model, schedule, lambda_ex):
+        super().__init__()
+        self.model, self.schedule, self.lambda_ex = model, schedule, lambda_ex
+
+    def forward(self, batch, t, noise, drop):
+        return diffusion_loss(self.model, self.schedule, batch, t, noise, drop, self.lambda_ex)
+
+
 def draw(seed, step, shape, p_drop):
     """(timesteps (B,), noise of `shape` (B, ...), drop (B,)) of a step: a function of (seed, step) alone.
 
@@ -78,8 +99,8 @@ def draw(seed, step, shape, p_drop):
 # ----------------------------------------------------------------------------------------------------------------------
 # States on disk
 
-# What a run is; a state of another recipe is refused. The other arguments may change between sessions.
-RECIPE = ("steps", "batch", "lr", "weight_decay", "lambda_ex", "drop", "ema", "precision", "seed")
+# What a run is; a state of another recipe is refused. The other arguments, and the number of processes, may change between sessions.
+RECIPE = ("data", "steps", "batch", "lr", "weight_decay", "lambda_ex", "drop", "ema", "precision", "seed")
 
 
 def save_state(out, step, model, ema, optimizer, recipe):
@@ -94,15 +115,28 @@ def save_state(out, step, model, ema, optimizer, recipe):
         old.unlink()
 
 
+def newest_state(out):
+    """(path, state) of the newest state in `out` that is whole, reporting those that are not; (None, None) where there is none."""
+    paths = sorted(out.glob("state-*.pt"), reverse=True)
+    for path in paths:
+        try:
+            return path, torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as e:                                                  # torch raises a dozen kinds for a damaged file
+            print(f"{path} is damaged ({type(e).__name__}); taking the one before", file=sys.stderr)
+    if paths:
+        raise UserError(f"every state in {out} is damaged; remove them to start again")
+    return None, None
+
+
 def load_state(out, model, ema, optimizer, recipe):
     """Fill all three from the newest state in `out`; returns the steps done, 0 where there is none."""
-    states = sorted(out.glob("state-*.pt"))
-    if not states:
+    path, state = newest_state(out)
+    if path is None:
         return 0
-    state, recipe = torch.load(states[-1], map_location="cpu", weights_only=True), dataclasses.asdict(model.config) | recipe
-    changed = [k for k, v in recipe.items() if v != state["recipe"][k]]
+    recipe = dataclasses.asdict(model.config) | recipe
+    changed = [k for k, v in recipe.items() if v != state["recipe"].get(k)]
     if changed:
-        raise UserError(f"{states[-1]} was trained with another {' and '.join(changed)}; use another --out or the same settings")
+        raise UserError(f"{path} was trained with another {' and '.join(changed)}; use another --out or the same settings")
     model.load_state_dict(state["model"])
     ema.load_state_dict(state["ema"])
     optimizer.load_state_dict(state["optimizer"])
@@ -110,7 +144,75 @@ def load_state(out, model, ema, optimizer, recipe):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Speed
+
+# Dense bf16 TFLOP/s of the data sheets (SXM modules); what a share of "the device's peak" means by convention.
+PEAKS = {"A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989}
+
+
+def row_flops(config):
+    """Floating-point operations of one training row: 3 times those of the forward pass, 2 for a multiplication and addition.
+
+    A frame costs, in every block, 24 D^2 N for the linear layers, 4 D N^2 T for attention, 12 D^2 for its modulation."""
+    D, N, T = config.width, config.tokens, config.frames
+    frame = config.depth * (24 * D ** 2 * N + 4 * D * N ** 2 * T + 12 * D ** 2) + 6 * N * config.patch ** 2 * config.latent_channels * D
+    return 3 * T * frame
+
+
+def device_peak(device, dtype):
+    """TFLOP/s of the device: from PEAKS, or, for what is not there, measured on a product of square matrices."""
+    if device.type == "cuda" and dtype is torch.bfloat16:
+        for name, peak in PEAKS.items():
+            if name in torch.cuda.get_device_name(device):
+                return peak
+    n = 8192 if device.type == "cuda" else 1024
+    a, seconds = torch.ones(n, n, device=device, dtype=dtype), []
+    for _ in range(7):
+        began = time.perf_counter()
+        float((a @ a)[0, 0])                                                    # waits for the result
+        seconds.append(time.perf_counter() - began)
+    return 2 * n ** 3 / statistics.median(seconds) / 1e12
+
+
+class Meter:
+    """Gathers what the log line says on the device; only `read`, at a log line, waits for it and for the other processes."""
+
+    def __init__(self, device):
+        self.sums = torch.zeros(4, 3, dtype=torch.float64, device=device)       # by quarter of t: error, bound, rows
+        self.bad = torch.full((), torch.inf, device=device)                     # first step whose loss was not finite
+
+    def add(self, step, t, error, bound):
+        self.sums.index_add_(0, t * 4 // NoiseSchedule.steps, torch.stack([error, bound, torch.ones_like(error)], 1).detach().double())
+        bad = ~torch.isfinite(error + bound).all()
+        self.bad = torch.where(bad, self.bad.clamp(max=step), self.bad)
+
+    def read(self, stopping, clear):
+        """(mean loss, mean bound, losses by quarter, first bad step or None, whether a process was told to stop), over all ranks."""
+        sums, flags = self.sums.clone(), torch.stack([-self.bad, torch.full_like(self.bad, float(stopping))])
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        if clear:
+            self.sums.zero_()
+        sums, (bad, stopping) = sums.cpu(), flags.tolist()
+        error, bound, rows = sums.sum(0).tolist()
+        quarters = (sums[:, 0] / sums[:, 2].clamp_min(1)).tolist()
+        return error / rows, bound / rows, quarters, None if bad == -math.inf else int(-bad), bool(stopping)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The loop
+
+def join():
+    """(rank, processes, device); under torchrun the processes form a group, one GPU each, or CPU processes over gloo."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
 
 def build_model(rows, size, frames):
     """An untrained SDiT for a cache: it takes over the cache's latent shape, names of the frozen models, and statistics."""
@@ -131,84 +233,164 @@ def build_optimizer(model, lr, weight_decay):
     return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
 
 
+def shares(start, steps, batch, rank, world, accumulate):
+    """Row numbers that a rank loads, batch by batch: its share of every step's `batch` rows, in `accumulate` parts."""
+    part = batch // world // accumulate
+    for step in range(start, steps):
+        for k in range(accumulate):
+            first = step * batch + (rank * accumulate + k) * part
+            yield list(range(first, first + part))
+
+
+class Preview:
+    """A picture of how far training is: held-out clips as they are, and below each what the average model makes of its source and
+    landmarks, RUN/preview-STEP.png."""
+
+    def __init__(self, rows, model_config, beside, device):
+        self.batch = {k: v.to(device) for k, v in torch.utils.data.default_collate([rows[n] for n in range(min(4, len(rows)))]).items()}
+        path = sdit.find_weights(model_config.autoencoder, model_config.autoencoder_sha256, beside)
+        self.autoencoder = sdit.load_autoencoder(path, device)
+        self.noise = torch.randn(self.batch["latents"].shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+    @torch.no_grad()
+    def __call__(self, model, path):
+        conditioning = model.mapping(self.batch["scene"], self.batch["landmarks"])
+        made = sample.sample_plain(model, self.noise, conditioning, 20, None)   # (rows, T, C, H, W)
+        strips = [data.to_images(self.autoencoder.decode(z)) for z in (self.batch["latents"], made)]
+        picture = np.stack(strips, 1).swapaxes(2, 3)                            # (rows, 2, h, T, w, 3)
+        picture = picture.reshape(-1, *picture.shape[2:])                       # (2 rows, h, T, w, 3)
+        Image.fromarray(picture.reshape(picture.shape[0] * picture.shape[1], -1, 3)).save(path)
+
+
+def build_preview(a, config, beside, device):
+    """A Preview, or None, with a word, where the cache's autoencoder is not there to decode."""
+    try:
+        return Preview(data.Rows(a.data, a.frames, a.seed, held_out=True), config, beside, device)
+    except UserError as e:
+        print(f"no previews: {e}")
+
+
 def arguments():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--size", default="XL/2", help="model size: S, B, L or XL with /2, /4 or /8; or demo")
     ap.add_argument("--frames", type=int, default=8, help="T, frames of a row")
-    ap.add_argument("--data", type=Path, default=Path("cache"), help="cache made by data.py")
+    ap.add_argument("--data", nargs="+", default=["cache"], metavar="CACHE[:SHARE]", help="caches made by data.py; several with shares, as in a:0.9 b:0.1")
     ap.add_argument("--out", type=Path, help="folder of the run (default: runs/SIZE-FRAMES)")
+    ap.add_argument("--init", type=Path, help="start from these weights: a model file of train.py, or DiT-XL-2-256x256.pt")
     ap.add_argument("--steps", type=int, default=1_000_000)
-    ap.add_argument("--batch", type=int, default=16, help="rows a step")
+    ap.add_argument("--batch", type=int, default=16, help="rows a step, over all processes")
+    ap.add_argument("--accumulate", type=int, default=1, help="parts in which a process works through its rows, to save memory")
     ap.add_argument("--lr", type=float, default=6.4e-5, help="learning rate at the start, cosine to 0; a tenth for the mapping network")
     ap.add_argument("--weight-decay", type=float, default=0.01, help="PyTorch's default; DiT has 0")
     ap.add_argument("--lambda-ex", type=float, default=1.0, help="extra weight of lips and eyes")
     ap.add_argument("--drop", type=float, default=0.1, help="probability that a row loses scene and landmarks")
     ap.add_argument("--ema", type=float, default=0.9999, help="decay of the weight average (less in the first steps)")
     ap.add_argument("--precision", choices=("bf16", "fp32"), help="of the matrix products (default: bf16 where the device has it); weights stay float32")
-    ap.add_argument("--workers", type=int, default=0, help="processes that load rows")
-    ap.add_argument("--log", type=int, default=50, help="steps between log lines")
+    ap.add_argument("--compile", action="store_true", help="torch.compile every block: a minute of waiting, then faster steps")
+    ap.add_argument("--workers", type=int, help="processes that load rows (default: 4 with a GPU, else 0)")
+    ap.add_argument("--log-every", type=int, default=50, help="steps between log lines (torchrun takes --log for its own)")
     ap.add_argument("--save", type=int, default=500, help="steps between states")
+    ap.add_argument("--preview", type=int, default=2000, help="steps between pictures of held-out clips, RUN/preview-STEP.png; 0 for none")
     ap.add_argument("--seed", type=int, default=0)
     a = ap.parse_args()
     a.out = a.out or Path("runs") / f"{a.size.replace('/', '-')}-{a.frames}"
     return a
 
 
+def report(log, bar, entry):
+    """One log line: the bar's text and the same as JSON in RUN/log.jsonl."""
+    log.write(json.dumps(entry) + "\n")
+    log.flush()
+    e, left = entry, time.strftime("%H:%M:%S", time.gmtime(entry["eta_s"] % 86400))
+    bar.write(f"step {e['step']} mse {e['loss']:.4f} by t {'/'.join(f'{q:.3f}' for q in e['quarters'])} bound {e['bound']:.4f} lr {e['lr']:.1e} "
+              f"norm {e['norm']:.2f} {e['rows_per_s']:.1f} rows/s {e['tflops']:.3g} TFLOP/s {e['mfu']:.0%} of peak {e['memory_gib']:.1f} GiB "
+              f"{int(e['eta_s'] // 86400)}d {left} left")
+
+
 def main():
     a = arguments()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a.precision = a.precision or ("bf16" if sdit.has_bf16(device) else "fp32")
-    autocast = torch.autocast(device, torch.bfloat16, enabled=a.precision == "bf16")
-    rows = Rows(a.data, a.frames, a.seed)
+    rank, world, device = join()
+    if a.batch % (world * a.accumulate):
+        raise UserError(f"--batch {a.batch} does not divide into {world} processes of {a.accumulate} parts")
+    part = a.batch // world // a.accumulate
+    a.precision = a.precision or ("bf16" if sdit.has_bf16(device.type) else "fp32")
+    dtype = torch.bfloat16 if a.precision == "bf16" else torch.float32
+    rows = data.Rows(a.data, a.frames, a.seed)
     torch.manual_seed(a.seed)
-    model = build_model(rows, a.size, a.frames).to(device)
+    model = build_model(rows, a.size, a.frames)
+    if a.init:
+        sdit.init_weights(model, a.init)
+    model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = build_optimizer(model, a.lr, a.weight_decay)
-    schedule = NoiseSchedule(device)
     a.out.mkdir(parents=True, exist_ok=True)
     recipe = {k: getattr(a, k) for k in RECIPE}
     start = load_state(a.out, model, ema, optimizer, recipe)
     if start >= a.steps:
         return print(f"{a.out} is finished: {start} steps")
-    count = sum(p.numel() for p in model.parameters())
-    print(f"{a.size}, {a.frames} frames: {count / 1e6:.1f} M parameters; {len(rows)} clips; {device}, {a.precision}; from step {start}")
-    loader = DataLoader(Subset(rows, range(start * a.batch, a.steps * a.batch)), a.batch, num_workers=a.workers)
-    totals, began, log = torch.zeros(4, 2), time.time(), open(a.out / "log.jsonl", "a")
-    bar = tqdm(loader, initial=start, total=a.steps, unit="step", dynamic_ncols=True)
-    for step, batch in enumerate(bar, start):
-        progress = step / a.steps
+    peak, flops = device_peak(device, dtype), row_flops(model.config)
+    preview = build_preview(a, model.config, rows.folder, device) if a.preview and rank == 0 else None
+    if a.compile:
+        for block in model.blocks:                                              # one compilation serves all blocks
+            block.compile()
+    objective = Objective(model, NoiseSchedule(device), a.lambda_ex)
+    if world > 1:
+        objective = DistributedDataParallel(objective, gradient_as_bucket_view=True, broadcast_buffers=False)
+    if rank == 0:
+        mapping, count = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.mapping, model))
+        print(f"{a.size}, {a.frames} frames: {count:.1f} M parameters ({mapping:.1f} M of them mapping); {len(rows)} clips; {world} x {device.type}, "
+              f"{a.precision}, peak {peak:.3g} TFLOP/s; from step {start}")
+    stop = []                                                                   # filled by SIGTERM
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    workers = a.workers if a.workers is not None else 4 * (device.type == "cuda")
+    loader = iter(DataLoader(rows, batch_sampler=shares(start, a.steps, a.batch, rank, world, a.accumulate), num_workers=workers,
+                             pin_memory=device.type == "cuda"))
+    shape = (a.batch, a.frames, model.config.latent_channels, model.config.latent_size, model.config.latent_size)
+    meter, logged, log = Meter(device), (start, time.time()), open(a.out / "log.jsonl", "a") if rank == 0 else None
+    bar = tqdm(range(start, a.steps), initial=start, total=a.steps, unit="step", dynamic_ncols=True, disable=rank > 0)
+    for step in bar:
         for group in optimizer.param_groups:                                    # cosine to 0, no warm-up (paper silent on both)
-            group["lr"] = group["initial"] * (1 + math.cos(math.pi * progress)) / 2
-        batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-        t, noise, drop = (x.to(device) for x in draw(a.seed, step, batch["latents"].shape, a.drop))
-        with autocast:
-            error, bound = diffusion_loss(model, schedule, batch, t, noise, drop, a.lambda_ex)
-        loss = (error + bound).mean()
+            group["lr"] = group["initial"] * (1 + math.cos(math.pi * step / a.steps)) / 2
+        drawn = draw(a.seed, step, shape, a.drop)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        for k in range(a.accumulate):
+            batch = {name: x.to(device, non_blocking=True) for name, x in next(loader).items()}
+            first = (rank * a.accumulate + k) * part
+            t, noise, drop = (x[first:first + part].to(device, non_blocking=True) for x in drawn)
+            with objective.no_sync() if world > 1 and k + 1 < a.accumulate else contextlib.nullcontext():
+                with torch.autocast(device.type, torch.bfloat16, enabled=a.precision == "bf16"):
+                    error, bound = objective(batch, t, noise, drop)
+                ((error + bound).mean() / a.accumulate).backward()
+            meter.add(step + 1, t, error, bound)
+        logging, saving = (step + 1) % a.log_every == 0, (step + 1) % a.save == 0 or step + 1 == a.steps
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item() if logging else None
         optimizer.step()
         decay = min(a.ema, (1 + step) / (10 + step))                             # follows closely at first
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-        totals.index_add_(0, (t * 4 // NoiseSchedule.steps).cpu(), torch.stack([error.detach(), torch.ones_like(error)], 1).cpu())
-        if (step + 1) % a.log and step + 1 < a.steps and (step + 1) % a.save:
+        if preview and (step + 1) % a.preview == 0:
+            preview(ema, a.out / f"preview-{step + 1:08d}.png")
+        if not (logging or saving or stop and world == 1):                      # several processes agree on stopping at a log line
             continue
-        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-            raise UserError(f"loss is {loss.item()} and gradient norm {norm.item()} at step {step + 1}; nothing was saved since step "
-                            f"{step // a.save * a.save}")
-        if (step + 1) % a.log == 0:
-            seconds, began = time.time() - began, time.time()
-            quarters = (totals[:, 0] / totals[:, 1].clamp_min(1)).tolist()
-            entry = dict(step=step + 1, loss=totals[:, 0].sum().item() / totals[:, 1].sum().item(), bound=bound.mean().item(),
-                         quarters=quarters, lr=optimizer.param_groups[0]["lr"], norm=norm.item(), rows_per_s=a.log * a.batch / seconds)
-            log.write(json.dumps(entry) + "\n")
-            log.flush()
-            bar.set_postfix_str(f"mse {entry['loss']:.4f} by t {'/'.join(f'{q:.3f}' for q in quarters)} bound {entry['bound']:.3f} "
-                                f"norm {entry['norm']:.2f} {entry['rows_per_s']:.1f} rows/s")
-            totals.zero_()
-        if (step + 1) % a.save == 0 or step + 1 == a.steps:
+        loss, bound, quarters, bad, stopping = meter.read(bool(stop), clear=logging)
+        if bad is not None:
+            raise UserError(f"the loss was not finite at step {bad}; nothing was saved over. Start from {a.out}/model.safetensors with --init, a lower "
+                            f"--lr and another --out")
+        if logging and rank == 0:
+            speed = (step + 1 - logged[0]) * a.batch / (time.time() - logged[1])
+            report(log, bar, dict(step=step + 1, loss=loss, bound=bound, quarters=quarters, lr=optimizer.param_groups[0]["lr"], norm=norm,
+                                  rows_per_s=speed, tflops=speed * flops / 1e12, mfu=speed * flops / 1e12 / peak / world,
+                                  memory_gib=data.peak_memory(device.type), eta_s=(a.steps - step - 1) * a.batch / speed))
+            logged = step + 1, time.time()
+        if (saving or stopping) and rank == 0:
             save_state(a.out, step + 1, model, ema, optimizer, recipe)
+        if stopping and step + 1 < a.steps:
+            bar.close()
+            print(f"stopped by SIGTERM; saved after step {step + 1}; the same command goes on") if rank == 0 else None
+            break
+    if world > 1:
+        dist.barrier()                                                          # rank 0 may still be writing
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -189,12 +189,13 @@ def build_cache():
     autoencoder = sdit.load_autoencoder(BUILD / "autoencoder.safetensors", device)
     encoder = data.SceneEncoder(BUILD / "clip.safetensors", device)
     about = data.cache_about(BUILD / "autoencoder.safetensors", BUILD / "clip.safetensors", autoencoder, CLIP["embed_dim"], SIZE)
-    writer = data.CacheWriter(BUILD / "cache", about)
+    writer = data.CacheWriter(BUILD / "cache")
     for seed in tqdm(range(CLIPS), "cache"):
         clip = np.load(BUILD / "clips" / f"{seed:06d}.npz")
         tracked = data.Track(clip["landmarks"], clip["found"], clip["square"])
-        writer.add(data.encode_clip(clip["pixels"], tracked, FPS, autoencoder, encoder))
-    writer.close()
+        writer.add(data.encode_clip(clip["pixels"], tracked, FPS, autoencoder, encoder), dict(file=f"{seed:06d}", frames=FRAMES))
+    writer.flush()
+    data.finish_cache(BUILD / "cache", about)
 
 
 def build_sdit():

@@ -5,6 +5,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+import safetensors
 import torch
 from PIL import Image
 
@@ -213,47 +214,134 @@ def record(M, value, C=4, H=8, S=16):
                 fps=np.array([25, 1]))
 
 
+def write_cache(folder, values, frames=12, per_shard=3, rank=0, **about):
+    writer = data.CacheWriter(folder, rank, per_shard)
+    for value in values:
+        writer.add(record(frames, value), dict(file=f"{value:03d}", frames=frames))
+    writer.flush()
+    data.finish_cache(folder, dict(size=32) | about)
+    return folder
+
+
+def clip_of(row):
+    """The value of `record` that a row was cut from."""
+    return int(row["latents"][0, 0, 0, 0])
+
+
 def test_cache_rows(tmp_path):
-    writer = data.CacheWriter(tmp_path, dict(size=32), clips_per_shard=3)
-    for value in range(1, 6):
-        writer.add(record(12 if value < 5 else 9, value))                       # the last is too short for rows of 8
-    assert not (tmp_path / "index.json").exists()
-    writer.close()
-    assert [s["clips"] for s in json.loads((tmp_path / "index.json").read_text())["shards"]] == [3, 2]
+    write_cache(tmp_path, range(1, 5))
+    write_cache(tmp_path, [5], frames=9, rank=1)                                # too short for rows of 8
+    assert [s["clips"] for s in json.loads((tmp_path / "index.json").read_text())["shards"]] == [3, 1, 1]
     rows = data.Rows(tmp_path, 8, seed=1)
-    assert len(rows) == 4
-    seen = [rows[n] for n in range(8)]
+    assert len(rows) == 5
+    seen = [rows[n] for n in range(10)]
     for row in seen:
         assert row["latents"].shape == (8, 4, 8, 8) and row["landmarks"].shape == (8, 478, 3)
-        value = int(row["latents"][0, 0, 0, 0])
+        value = clip_of(row)
         times = ((row["latents"][:, 0, 0, 0] - value) * 64).round()
         assert row["scene"][0].abs() == value
         first = times[0] >= 11 - times[-1]
         assert (row["scene"][0] > 0) == first                                   # the scene is the furthest end's
         assert torch.allclose(row["mask"], torch.tensor(0.2))
-    assert sorted(int(r["latents"][0, 0, 0, 0]) for r in seen[:4]) == [1, 2, 3, 4]      # every clip once an epoch
+    for epoch in (seen[:5], seen[5:]):                                          # every clip once; in place of the short one its follower
+        assert {clip_of(r) for r in epoch} == {1, 2, 3, 4}
     again = data.Rows(tmp_path, 8, seed=1)[5]
     assert all(torch.equal(again[k], seen[5][k]) for k in again)                # a function of (seed, n) alone
+    mean, spread, scene = rows.statistics()
+    assert mean.shape == spread.shape == (478, 3) and scene.shape == (16,)
     with pytest.raises(sdit.UserError, match="no cache in"):
         data.Rows(tmp_path / "none", 8)
     with pytest.raises(sdit.UserError, match="no clip in"):
         data.Rows(tmp_path, 11)
 
 
+def test_caches_mix_in_shares(tmp_path):
+    a, b = write_cache(tmp_path / "a", range(1, 5)), write_cache(tmp_path / "b", range(11, 14))
+    rows = data.Rows([f"{a}:0.75", f"{b}:0.25"], 8, seed=1)
+    seen = [clip_of(rows[n]) for n in range(400)]
+    assert len(rows) == 7 and set(seen) == {1, 2, 3, 4, 11, 12, 13}
+    assert abs(np.mean([v > 10 for v in seen]) - 0.25) < 0.06
+    again = data.Rows([f"{a}:3", f"{b}:1"], 8, seed=1)
+    assert [clip_of(again[n]) for n in (399, 7, 120)] == [seen[n] for n in (399, 7, 120)]
+    with pytest.raises(sdit.UserError, match="c and .*a were made with another autoencoder"):
+        data.Rows([a, write_cache(tmp_path / "c", [1], autoencoder="other")], 8)
+    with pytest.raises(sdit.UserError, match="positive share"):
+        data.Rows([f"{a}:-1"], 8)
+
+
+def test_held_out_clips_are_never_trained_on(tmp_path):
+    write_cache(tmp_path, range(1, 91), per_shard=50)
+    train, held = data.Rows(tmp_path, 8), data.Rows(tmp_path, 8, held_out=True)
+    assert {clip_of(train[n]) for n in range(82)} == set(range(1, 83))
+    assert [clip_of(held[n]) for n in range(8)] == list(range(83, 91))
+
+
+def test_a_full_disk_is_seen_before(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), dict(free=1000)))
+    with pytest.raises(sdit.UserError, match="GB free; make room"):
+        write_cache(tmp_path, [1])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_becomes_a_moving_clip(clip, landmarker):
+    frames = list(data.pseudo_clip(clip[0][0], 5))
+    assert len(frames) == 16 and all(f.shape == frames[0].shape for f in frames)
+    tracked = data.track(frames, landmarker, "a still")
+    assert tracked.found.mean() > 0.9
+    eyes = tracked.landmarks[:, 263, :2] - tracked.landmarks[:, 33, :2]
+    angle = np.degrees(np.arctan2(eyes[:, 1], eyes[:, 0]))
+    assert 5 < np.ptp(angle) < 40 and abs(np.diff(angle)).max() < 15            # it turns, smoothly
+    again, other = (next(data.pseudo_clip(clip[0][0], seed)) for seed in (5, 6))
+    assert np.array_equal(again, frames[0]) and not np.array_equal(other, frames[0])
+
+
+def caching(clips, out, monkeypatch, rank=0, world=1):
+    monkeypatch.setattr("sys.argv", ["data.py", str(clips), "--out", str(out)])
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    data.main()
+    return {e["file"]: e for e in map(json.loads, open(out / "manifest.jsonl"))} if (out / "index.json").exists() else None
+
+
+def records(cache):
+    """Every clip of a cache by file name: its latents and scenes."""
+    found = {}
+    for path in cache.glob("shard-*"):
+        with safetensors.safe_open(path, "pt") as f:
+            offsets = f.get_tensor("offsets").tolist()
+            for i, e in enumerate(json.loads(f.metadata()["config"])):
+                found[e["file"]] = torch.cat([f.get_tensor("latent")[offsets[i]:offsets[i + 1]].flatten(), f.get_tensor("scene")[i].flatten()])
+    return found
+
+
 def test_caching_from_videos(tmp_path, clip, monkeypatch, capsys):
-    """`python data.py`: a good clip, a faceless one, a broken one."""
+    """`python data.py`: a good clip, a picture, a faceless one, a broken one; then in two ranks, one of which dies and comes again."""
     (tmp_path / "clips" / "a").mkdir(parents=True)
     write_video(tmp_path / "clips" / "a" / "good.mp4", clip[0], 12)
+    write_video(tmp_path / "clips" / "b.mp4", clip[0][::-1], 12)
     write_video(tmp_path / "clips" / "faceless.mp4", shades(5), 12)
+    Image.fromarray(clip[0][3]).save(tmp_path / "clips" / "still.png")
     (tmp_path / "clips" / "broken.mp4").write_bytes(b"no")
-    monkeypatch.setattr("sys.argv", ["data.py", str(tmp_path / "clips"), "--out", str(tmp_path / "cache")])
-    data.main()
-    assert "1 clips" in capsys.readouterr().out
-    entries = {e["file"]: e for e in map(json.loads, open(tmp_path / "cache" / "manifest.jsonl"))}
-    assert entries["a/good.mp4"]["frames"] == 12 and entries["a/good.mp4"]["missed"] == 0
+    entries = caching(tmp_path / "clips", tmp_path / "cache", monkeypatch)
+    assert "3 clips" in capsys.readouterr().out
+    assert entries["a/good.mp4"]["frames"] == 12 and entries["a/good.mp4"]["missed"] == 0 and entries["still.png"]["frames"] == 16
     assert "no face" in entries["faceless.mp4"]["rejected"] and "not a video" in entries["broken.mp4"]["rejected"]
     row = data.Rows(tmp_path / "cache", 8)[0]
     assert row["latents"].shape == (8, 6, 16, 16) and 0.3 < row["latents"].std() < 3
-    assert row["scene"].norm() == pytest.approx(1, abs=0.01) and 0.01 < row["mask"].mean() < 0.2
+    assert row["scene"].norm() == pytest.approx(1, abs=0.01) and 0.004 < row["mask"].mean() < 0.2
     with pytest.raises(sdit.UserError, match="already holds a cache"):
-        data.main()
+        caching(tmp_path / "clips", tmp_path / "cache", monkeypatch)
+
+    def dies(*_):
+        raise KeyboardInterrupt
+    parts, encode = tmp_path / "parts", data.encode_clip
+    assert caching(tmp_path / "clips", parts, monkeypatch, 1, 2) is None        # rank 1 has b.mp4 and faceless.mp4
+    monkeypatch.setattr(data, "encode_clip", dies)
+    with pytest.raises(KeyboardInterrupt):
+        caching(tmp_path / "clips", parts, monkeypatch, 0, 2)
+    with pytest.raises(sdit.UserError, match="is unfinished"):
+        data.Rows(parts, 8)
+    monkeypatch.setattr(data, "encode_clip", encode)
+    assert caching(tmp_path / "clips", parts, monkeypatch, 0, 2) == entries
+    whole, split = records(tmp_path / "cache"), records(parts)
+    assert len(list(parts.glob("shard-*"))) == 2 and whole.keys() == split.keys() and all(torch.equal(whole[k], split[k]) for k in whole)

@@ -135,7 +135,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, clip, monkeypatc
     monkeypatch.chdir(tmp_path)
     for args, message in ((["--source", "none.png"], "no such file: none.png"), (["--source", "empty.mp4"], "no face found in empty.mp4"),
                           (["--driving", "text.mp4"], "text.mp4 is not a video"), (["--driving", "empty.mp4"], "no face found in empty.mp4"),
-                          (["--model", "text.mp4"], "text.mp4 is not a whole safetensors file"), (["--steps", "0"], "--steps 0"),
+                          (["--model", "text.mp4"], "text.mp4 is not a whole file of weights"), (["--steps", "0"], "--steps 0"),
                           (["--only", "99:", "--driving", "face.mp4"], "none of the 2 frames"), (["--out", "x.nonsense"], "cannot write x.nonsense"),
                           (["--driving", "face.mp4", "--out", "face.mp4"], "is also an input")):
         monkeypatch.setattr("sys.argv", ["sample.py", "--out", "out.mp4", *args])

@@ -1,7 +1,9 @@
 """The model: names and shapes of published weights, the override in every layer, per-frame conditioning, files."""
+import hashlib
 import math
 
 import pytest
+import safetensors.torch
 import torch
 
 import sdit
@@ -160,7 +162,66 @@ def test_files_round_trip_and_say_what_does_not_fit(tmp_path):
     with pytest.raises(sdit.UserError, match="not a file of the AutoencoderKL"):
         sdit.load_autoencoder(path)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(sdit.UserError, match="not a whole safetensors file"):
+    with pytest.raises(sdit.UserError, match="not a whole file of weights"):
         sdit.load_model(path)
     with pytest.raises(sdit.UserError, match="no such model file"):
         sdit.load_model(tmp_path / "none")
+
+
+def original_name(name):
+    """Name of one of our tensors in the layout of the autoencoder's original code, put together by hand for this test."""
+    part, _, rest = name.partition(".")
+    if part not in ("encoder", "decoder"):
+        return name
+    words = rest.split(".")
+    if words[0] == "down_blocks":
+        rest = f"down.{words[1]}." + (f"block.{words[3]}." if words[2] == "resnets" else "downsample.") + ".".join(words[4:])
+    elif words[0] == "up_blocks":
+        rest = f"up.{3 - int(words[1])}." + (f"block.{words[3]}." if words[2] == "resnets" else "upsample.") + ".".join(words[4:])
+    elif words[:2] == ["mid_block", "resnets"]:
+        rest = f"mid.block_{int(words[2]) + 1}." + ".".join(words[3:])
+    elif words[:2] == ["mid_block", "attentions"]:
+        rest = "mid.attn_1." + {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out"}[words[3]] + "." + words[-1]
+    return part + "." + rest.replace("upsample.0.", "upsample.").replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+
+
+def test_published_autoencoders(tmp_path, monkeypatch):
+    """Stable Diffusion's file in three layouts gives the same network; one tensor of another shape is named."""
+    small = sdit.AutoencoderConfig(widths=(32, 64, 96, 96))
+    monkeypatch.setattr(sdit, "AutoencoderConfig", lambda: small)               # four levels as published, narrow
+    torch.manual_seed(0)
+    model = sdit.AutoencoderKL(small)
+    ours = model.state_dict()
+    older = {k.replace("to_q", "query").replace("to_k", "key").replace("to_v", "value").replace("to_out.0", "proj_attn"): v for k, v in ours.items()}
+    original = {"first_stage_model." + original_name(k): v[..., None, None] if "attentions" in k and v.dim() == 2 else v for k, v in ours.items()}
+    assert "first_stage_model.decoder.up.1.upsample.conv.weight" in original and "first_stage_model.encoder.mid.attn_1.proj_out.bias" in original
+    assert "first_stage_model.decoder.up.0.block.2.norm1.weight" in original and "first_stage_model.encoder.down.1.block.0.nin_shortcut.bias" in original
+    safetensors.torch.save_file(ours, tmp_path / "a.safetensors")
+    safetensors.torch.save_file(older, tmp_path / "b.safetensors")
+    torch.save({"state_dict": original | {"model.diffusion_model.x": torch.zeros(1), "cond_stage_model.y": torch.zeros(1)}}, tmp_path / "c.ckpt")
+    for name in ("a.safetensors", "b.safetensors", "c.ckpt"):
+        loaded = sdit.load_autoencoder(tmp_path / name).state_dict()
+        assert loaded.keys() == ours.keys() and all(torch.equal(loaded[k], ours[k]) for k in ours)
+    safetensors.torch.save_file(ours | {"quant_conv.bias": torch.zeros(4)}, tmp_path / "d.safetensors")
+    with pytest.raises(sdit.UserError, match=r"d.safetensors does not fit this network: quant_conv.bias is \(4,\), expected \(8,\)"):
+        sdit.load_autoencoder(tmp_path / "d.safetensors")
+    (tmp_path / "e.pt").write_bytes(b"torn")
+    with pytest.raises(sdit.UserError, match="e.pt is not a whole file of weights"):
+        sdit.load_autoencoder(tmp_path / "e.pt")
+
+
+def test_named_weights(tmp_path, monkeypatch):
+    """A name is downloaded once and checked; without network the sentence says where to put the file."""
+    monkeypatch.setattr(sdit, "DOWNLOADS", tmp_path / "cache")
+    monkeypatch.setattr(sdit, "WEIGHTS", {"known": ((tmp_path / "there").as_uri(), hashlib.sha256(b"weights").hexdigest())})
+    (tmp_path / "there").write_bytes(b"weights")
+    assert sdit.fetch("known").read_bytes() == b"weights" and sdit.fetch("other.pt") == sdit.Path("other.pt")
+    (tmp_path / "there").unlink()
+    assert sdit.fetch("known").is_file()
+    (tmp_path / "cache" / "known.safetensors").unlink()
+    with pytest.raises(sdit.UserError, match="cannot download known .* by hand and put it at"):
+        sdit.fetch("known")
+    (tmp_path / "there").write_bytes(b"others")
+    with pytest.raises(sdit.UserError, match="cannot download known .*hash"):
+        sdit.fetch("known")
+    assert not (tmp_path / "cache" / "known.safetensors").exists()

@@ -1,11 +1,16 @@
 """Training: the loss against closed forms, the optimiser's two rates, exact resume."""
+import json
 import math
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import sdit
@@ -103,32 +108,100 @@ def test_mapping_learns_ten_times_slower():
 @pytest.fixture
 def cache(tmp_path):
     about = dict(latent_channels=6, latent_size=16, scene_width=128, autoencoder="a", autoencoder_sha256="1", clip="c", clip_sha256="2")
-    writer = data.CacheWriter(tmp_path / "cache", about)
+    writer = data.CacheWriter(tmp_path / "cache")
     for value in range(1, 5):
-        writer.add(record(8, value, 6, 16, 128))
-    writer.close()
+        writer.add(record(8, value, 6, 16, 128), dict(file=str(value)))
+    writer.flush()
+    data.finish_cache(tmp_path / "cache", about)
     return tmp_path / "cache"
 
 
 def run(cache, out, monkeypatch, *more):
     monkeypatch.setattr("sys.argv", ["train.py", "--size", "demo", "--frames", "2", "--data", str(cache), "--out", str(out), "--batch", "2",
-                                     "--steps", "4", "--save", "2", "--log", "2", "--lr", "1e-3", "--precision", "fp32", *more])
+                                     "--steps", "4", "--save", "2", "--log-every", "2", "--lr", "1e-3", "--precision", "fp32", *more])
     train.main()
 
 
-def test_resume_is_exact(cache, tmp_path, monkeypatch):
+def same(a, b):
+    """Whether two runs ended with the same weights, bit by bit."""
+    a, b = (sdit.load_model(run / "model.safetensors").state_dict() for run in (a, b))
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_resume_is_exact(cache, tmp_path, monkeypatch, capsys):
     run(cache, tmp_path / "whole", monkeypatch)
     run(cache, tmp_path / "parts", monkeypatch)
-    (tmp_path / "parts" / "state-00000004.pt").unlink()                         # as if it had died after step 3
     (tmp_path / "parts" / "model.safetensors").unlink()
+    newest = tmp_path / "parts" / "state-00000004.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])                              # damaged: the one before is taken
     run(cache, tmp_path / "parts", monkeypatch)
-    a, b = (sdit.load_model(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
-    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
-    assert a.config.autoencoder_sha256 == "1" and len(a.config.scene_mean) == 128 and a.config.name == "demo"
-    assert a.mapping.landmark_std.std() > 0
+    assert "state-00000004.pt is damaged" in capsys.readouterr().err and same(tmp_path / "whole", tmp_path / "parts")
+    model = sdit.load_model(tmp_path / "whole" / "model.safetensors")
+    assert model.config.autoencoder_sha256 == "1" and len(model.config.scene_mean) == 128 and model.config.name == "demo"
+    assert model.mapping.landmark_std.std() > 0
     for changed, value in (("frames", "3"), ("lr", "1e-4"), ("seed", "1")):
         with pytest.raises(sdit.UserError, match=f"trained with another {changed}"):
             run(cache, tmp_path / "parts", monkeypatch, f"--{changed}", value)
+    for state in (tmp_path / "parts").glob("state-*"):
+        state.write_bytes(b"")
+    with pytest.raises(sdit.UserError, match="every state .* is damaged"):
+        run(cache, tmp_path / "parts", monkeypatch)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(cache, tmp_path, monkeypatch, capsys):
+    run(cache, tmp_path / "whole", monkeypatch, "--save", "9")
+    draw, steps = train.draw, []
+
+    def interrupted(seed, step, *rest):
+        steps.append(step)
+        if steps == [0, 1]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(seed, step, *rest)
+    monkeypatch.setattr(train, "draw", interrupted)
+    run(cache, tmp_path / "parts", monkeypatch, "--save", "9")
+    assert "saved after step 2" in capsys.readouterr().out and [p.name for p in (tmp_path / "parts").glob("state-*")] == ["state-00000002.pt"]
+    run(cache, tmp_path / "parts", monkeypatch, "--save", "9")
+    assert steps == [0, 1, 2, 3] and same(tmp_path / "whole", tmp_path / "parts")
+
+
+def command(cache, out, *more):
+    return [sys.executable, "-c", "import sys, torch; sys.path.insert(0, sys.argv.pop(1)); torch.set_num_threads(1); import sdit, train; sdit.run_main(train.main)",
+            str(ROOT), "--size", "demo", "--frames", "2", "--data", str(cache), "--out", str(out), "--precision", "fp32", "--lr", "1e-3", "--preview", "0", *more]
+
+
+def test_killed_at_any_moment(cache, tmp_path):
+    """kill -9 a little later each time, also while a state is written: the final weights are those of an undisturbed run."""
+    settings = "--batch", "2", "--steps", "12", "--save", "1"
+    subprocess.run(command(cache, tmp_path / "whole", *settings), check=True, capture_output=True)
+    kills = 0
+    for seconds in (0.1, 0.5, None):
+        process = subprocess.Popen(command(cache, tmp_path / "parts", *settings), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        if seconds and "from step" in process.stdout.readline():                # under way
+            time.sleep(seconds)
+            process.kill()
+            kills += 1
+        process.communicate()
+    assert process.returncode == 0 and kills == 2 and same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_processes_and_parts_do_not_change_the_result(cache, tmp_path):
+    """20 steps of 4 rows: one process, two over gloo, one in two parts: the same losses and weights to 1e-4."""
+    settings = "--batch", "4", "--steps", "20", "--log-every", "1"
+    arguments = command(cache, tmp_path / "one", *settings)
+    subprocess.run(arguments, check=True, capture_output=True)
+    subprocess.run(command(cache, tmp_path / "parts", *settings, "--accumulate", "2"), check=True, capture_output=True)
+    script = tmp_path / "script.py"
+    script.write_text(arguments[2].replace("sys.argv.pop(1)", repr(str(ROOT))))
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(script), *arguments[4:],
+                    "--out", str(tmp_path / "two")], check=True, capture_output=True)
+    logs = {name: [json.loads(line) for line in open(tmp_path / name / "log.jsonl")] for name in ("one", "two", "parts")}
+    weights = {name: sdit.load_model(tmp_path / name / "model.safetensors").state_dict() for name in logs}
+    for other in ("two", "parts"):
+        assert len(logs[other]) == 20
+        for here, there in zip(logs["one"], logs[other]):
+            assert here["loss"] == pytest.approx(there["loss"], rel=1e-4) and here["norm"] == pytest.approx(there["norm"], rel=1e-3)
+        assert max((weights["one"][k] - weights[other][k]).abs().max() for k in weights["one"]) < 1e-4
+    assert logs["one"][-1]["rows_per_s"] > 0 and 0 < logs["one"][-1]["mfu"] < 1
 
 
 def test_the_average_follows_without_gradients(cache, tmp_path, monkeypatch):
@@ -141,9 +214,53 @@ def test_the_average_follows_without_gradients(cache, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_before_saving(cache, tmp_path, monkeypatch):
-    with pytest.raises(sdit.UserError, match="loss is (nan|inf) and gradient norm nan at step 2; nothing was saved since step 0"):
-        run(cache, tmp_path / "run", monkeypatch, "--lr", "1e30")
+    with pytest.raises(sdit.UserError, match="loss was not finite at step 2; nothing was saved over"):
+        run(cache, tmp_path / "run", monkeypatch, "--lr", "1e30", "--log-every", "4", "--save", "4")
     assert not list((tmp_path / "run").glob("*.pt"))
+
+
+def test_operations_of_a_row():
+    """The closed form against PyTorch's own count (attention as explicit products, since its kernel is not counted on the CPU)."""
+    from torch.utils.flop_counter import FlopCounterMode
+    model = sdit.SDiT(sdit.make_config("S/8", 4))
+    x, t, c = torch.zeros(1, 4, 4, 32, 32), torch.zeros(1, dtype=torch.long), torch.zeros(1, 4, 384)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(x, t, c)
+    assert train.row_flops(model.config) == pytest.approx(3 * counter.get_total_flops(), rel=0.02)
+
+
+def test_start_from_other_weights(cache, tmp_path, monkeypatch, capsys):
+    """--init: a model of ours; DiT's names without the mapping network and with a class embedding; a file that does not fit."""
+    torch.manual_seed(1)
+    model = sdit.SDiT(sdit.make_config("demo", 2))
+    sdit.save_model(tmp_path / "ours.safetensors", model)
+    other = sdit.SDiT(sdit.make_config("demo", 4))
+    sdit.init_weights(other, tmp_path / "ours.safetensors")                      # the number of frames may differ
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+    image = {k: v for k, v in model.state_dict().items() if not k.startswith("mapping.")}
+    extra = {"pos_embed": torch.zeros(1, 64, 256), "y_embedder.embedding_table.weight": torch.zeros(1001, 256)}
+    torch.save(image | extra, tmp_path / "DiT.pt")
+    fresh = sdit.SDiT(sdit.make_config("demo", 4))
+    before = {k: v.clone() for k, v in fresh.state_dict().items()}
+    sdit.init_weights(fresh, tmp_path / "DiT.pt")
+    assert "not for commercial use" in capsys.readouterr().out
+    assert all(torch.equal(v, before[k] if k.startswith("mapping.") else image[k]) for k, v in fresh.state_dict().items())
+    with pytest.raises(sdit.UserError, match=r"does not fit this network: x_embedder.proj.weight is \(256, 6, 2, 2\), expected \(384, 4, 2, 2\)"):
+        sdit.init_weights(sdit.SDiT(sdit.make_config("S/2", 4)), tmp_path / "ours.safetensors")
+    run(cache, tmp_path / "run", monkeypatch, "--init", str(tmp_path / "DiT.pt"))
+
+
+def test_preview(tmp_path, monkeypatch):
+    """Two strips a row: the clip as it is, and what the model makes."""
+    about = dict(latent_channels=6, latent_size=16, scene_width=128, autoencoder="autoencoder.safetensors", clip="c", clip_sha256="2",
+                 autoencoder_sha256=sdit.sha256(ROOT / "demo" / "autoencoder.safetensors"))
+    writer = data.CacheWriter(tmp_path / "cache")
+    for value in range(1, 4):
+        writer.add(record(8, value, 6, 16, 128), dict(file=str(value)))
+    writer.flush()
+    data.finish_cache(tmp_path / "cache", about)
+    run(tmp_path / "cache", tmp_path / "run", monkeypatch, "--preview", "4")
+    assert Image.open(tmp_path / "run" / "preview-00000004.png").size == (2 * 64, 2 * 3 * 64)
 
 
 def test_no_cache_is_one_sentence(tmp_path):
