@@ -100,7 +100,7 @@ def draw(seed, step, shape, p_drop):
 # States on disk
 
 # What a run is; a state of another recipe is refused. The other arguments, and the number of processes, may change between sessions.
-RECIPE = ("data", "steps", "batch", "lr", "weight_decay", "lambda_ex", "drop", "ema", "precision", "seed")
+RECIPE = ("steps", "batch", "lr", "weight_decay", "lambda_ex", "drop", "ema", "precision", "seed")
 
 
 def save_state(out, step, model, ema, optimizer, recipe):
