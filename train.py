@@ -1,7 +1,7 @@
 """Train the sDiT and its mapping network on a cache (paper 3.1, 4.1, D). Autoencoder, CLIP and landmarks are frozen: the cache
 holds what they made.
 
-    python train.py --size demo --frames 4 --data cache --steps 16000 --batch 4 --lr 8e-4      # a laptop, an hour, at 64 pixels
+    python train.py --size demo --frames 4 --data cache --steps 16000 --batch 4 --lr 8e-4      # a laptop, at 64 pixels
     torchrun --nproc_per_node=4 train.py                           # the paper's XL/2, T = 8, batch 16, from ./cache
 
 The same command again goes on from the newest state in --out, on any number of processes. SIGTERM saves and leaves.
