@@ -93,7 +93,8 @@ def cosine(optimizer, start, progress):
 def build_autoencoder(batch=16):
     """Stable Diffusion's network, small: squared error, a light KL term, and in later rounds two more terms. Pixels of lips and
     eyes weigh 1 + `expressive`; and latents averaged over 2 x 2 or 4 x 4 cells must decode to the picture averaged likewise,
-    with weight `smooth` (scale equivariance: Skorokhodov et al. 2025), which makes neighbouring latents more alike. The usual adversarial and perceptual losses need networks of their own, and are left out."""
+    with weight `smooth` (scale equivariance: Skorokhodov et al. 2025), which makes neighbouring latents more alike. The usual adversarial
+    and perceptual losses need networks of their own, and are left out."""
     torch.manual_seed(0)
     pixels, landmarks = (x.reshape(-1, *x.shape[2:]) for x in load_clips("pixels", "landmarks"))
     masks = torch.from_numpy(np.stack([data.expressive_mask(points, SIZE) for points in tqdm(landmarks, "masks")]))
