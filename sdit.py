@@ -80,7 +80,7 @@ class SDiTConfig:
 
 # Depth, width, heads as in DiT, which the paper extends (paper 4.1: "sDiT-XL"; its numbers are DiT-XL's).
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-DEMO = dict(depth=6, width=256, heads=4, patch=2, latent_channels=6, latent_size=16, scene_width=128)
+DEMO = dict(depth=6, width=160, heads=4, patch=2, latent_channels=6, latent_size=16, scene_width=128)
 
 
 def make_config(name, frames=8, **rest):
@@ -216,10 +216,12 @@ class Mapping(nn.Module):
     into the conditioning C_t of every frame. Four residual blocks (paper 4.1). The paper is silent on fusion, width and
     activation; we concatenate, at the transformer's width, pre-norm, GELU.
 
-    Both inputs come in at unit scale: the landmarks by mean and spread over the training set (buffers that train.py
-    fills, and the model file keeps), the scene, a unit vector, times sqrt(S). Without it the landmarks are nearly
-    constant numbers between 0 and 1, and the ten times smaller learning rate of this network (paper 4.1) barely sees them
-    move. The null vectors live behind this scaling."""
+    The landmarks come in at unit scale, by mean and spread over the training set (buffers that train.py fills, and the
+    model file keeps): else they are nearly constant numbers between 0 and 1, and the ten times smaller learning rate of
+    this network (paper 4.1) barely sees them move. The scene, a unit vector, comes in times SCENE_GAIN sqrt(S), louder,
+    since 1434 numbers of landmarks stand beside its S. The null vectors live behind this scaling."""
+
+    SCENE_GAIN = 3                                 # at 1 the demo model learns from the landmarks and hardly from the scene
 
     def __init__(self, width, scene_width, blocks=4):
         super().__init__()
@@ -234,7 +236,7 @@ class Mapping(nn.Module):
         """scene (B, S), landmarks (B, T, 478, 3), either or both None; `drop` (B,) bool marks rows that lose both.
 
         Returns the conditioning (B, T, D); where the landmarks are None, T is 1, and where both are, B is 1 too."""
-        scene = self.null_scene[None] if scene is None else scene * self.null_scene.numel() ** 0.5
+        scene = self.null_scene[None] if scene is None else scene * (self.SCENE_GAIN * self.null_scene.numel() ** 0.5)
         landmarks = self.null_landmarks[None, None] if landmarks is None else \
             (landmarks - self.landmark_mean) / self.landmark_std
         if drop is not None:
