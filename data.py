@@ -281,18 +281,22 @@ class FaceLandmarker:
         h, w = picture.shape[:2]
         return np.array([(x + p.x * w, y + p.y * h, p.z * w) for p in found[0].landmark], np.float32)
 
-    def __call__(self, image, near=None):
-        """Landmarks of the face of `image`: the largest, or, with `near` (landmarks of an earlier frame), the same
-        person's, which is the one whose mesh overlaps; None where there is none."""
-        squares = self.faces(image)
+    def everyone(self, image):
+        """Landmarks of every face of `image`, one after the other, the largest first."""
+        squares, seen = self.faces(image), []
         whole = None if squares else self.landmarks(image)                      # a face that fills the picture; to be believed, it
         if whole is not None:                                                   # must be found again in its own square: a llama is not
             squares = [face_square(whole[None])]
         for square in squares:
             points = self.landmarks(image, square)
-            if points is not None and (near is None or overlap(points, near) > 0.1):
-                return points
-        return None
+            if points is not None and all(overlap(points, other) < 0.5 for other in seen):
+                seen.append(points)
+                yield points
+
+    def __call__(self, image, near=None):
+        """Landmarks of the face of `image`: the largest, or, with `near` (landmarks of an earlier frame), the same
+        person's, which is the one whose mesh overlaps; None where there is none."""
+        return next((points for points in self.everyone(image) if near is None or overlap(points, near) > 0.1), None)
 
 
 def overlap(a, b):
@@ -333,17 +337,29 @@ class Track:
     landmarks: np.ndarray
     found: np.ndarray
     square: tuple
+    faces: int = 1                                 # in the first frame with one
 
 
 def no_face(name):
     return UserError(f"no face found in {name}; use a picture or video with one clear human face, at least about 100 pixels high")
 
 
-def track(frames, landmarker, name, total=None):
-    """Follow the largest face of the first frame that has one through `frames`, an iterable of (h, w, 3) uint8."""
-    points, last = [], None
+def pick_face(faces, number, name):
+    """The face `number` of those of a picture, from 0, the largest."""
+    if not 0 <= number < len(faces):
+        raise UserError(f"there is no face number {number} in {name}, whose first frame with a face has {len(faces)}; count from 0, the largest")
+    return faces[number]
+
+
+def track(frames, landmarker, name, total=None, number=0):
+    """Follow a face through `frames`, an iterable of (h, w, 3) uint8: of the first frame that has one, the largest, or face `number`."""
+    points, last, faces = [], None, []
     for image in tqdm(frames, "landmarks", total, unit="frame", leave=False, disable=total is None):
-        here = landmarker(image, last)
+        if last is None:
+            faces = list(landmarker.everyone(image))
+            here = pick_face(faces, number, name) if faces else None
+        else:
+            here = landmarker(image, last)
         last = last if here is None else here
         points.append(np.full((LANDMARKS, 3), np.nan, np.float32) if here is None else here)
     if last is None:
@@ -355,7 +371,7 @@ def track(frames, landmarker, name, total=None):
     M, known = np.arange(len(found)), np.flatnonzero(found)
     for column in landmarks.reshape(len(found), -1).T:                          # a view: filled in place
         column[~found] = np.interp(M[~found], known, column[found])
-    return Track(landmarks, found, square)
+    return Track(landmarks, found, square, len(faces))
 
 
 def expressive_mask(landmarks, size):

@@ -2,20 +2,31 @@
 
     python sample.py                                                   # the bundled picture, clip and models, under a minute
     python sample.py --source x.jpg --driving y.mp4 --compare
-    python sample.py --source x.jpg --driving y.mp4 --model runs/XL-2-8/model.safetensors --out z.mp4
+    python sample.py --prompt "a man with red hair" --driving y.mp4    # a sentence in place of the picture
+    torchrun --nproc_per_node=4 sample.py --source x.jpg --driving y.mp4 --model runs/XL-2-8/model.safetensors --out z.mp4
 
 The driving video may have any length: its frames are dealt to rows of T that share one frame, the anchor (`plan_rows`).
 `sample_plain` is the paper's rule as it stands, all rows in one batch; `sample_first` and `sample_rest` compute the same
-in the memory of a few rows, and are what runs.
+in the memory of a few rows, and are what runs. An interrupted command, given again, goes on from the rows in OUT.partial/.
 """
 import argparse
+import csv
+import dataclasses
+import datetime
+import hashlib
 import json
 import math
+import os
+import shutil
+import sys
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
@@ -23,7 +34,7 @@ import sdit
 from sdit import NoiseSchedule, UserError
 
 DEMO = Path(__file__).resolve().parent / "demo"
-CHUNK_TOKENS = 4096                                # tokens that are denoised at once; bounds memory, not the result
+CHUNK_TOKENS = dict(cpu=2048, cuda=8192)           # tokens that are denoised at once: bounds memory, not the result
 
 # ----------------------------------------------------------------------------------------------------------------------
 # From a video to rows
@@ -58,99 +69,366 @@ def plan_rows(M, T, anchor=None):
     return rows, keep
 
 
-def frame_noise(seed, frames, shape):
-    """Starting noise (len(frames), *shape) float64: it belongs to the frame of the video, whatever row or batch it is in."""
-    return torch.from_numpy(np.stack([np.random.default_rng([seed, f]).standard_normal(shape) for f in frames]))
+def plan_windows(M, T):
+    """MultiDiffusion's rows: T consecutive frames, every T // 2 frames (paper silent on the overlap), the last one flush with the end,
+    (windows, T); a video shorter than T repeats its last frame."""
+    starts = [*range(0, max(M - T, 0), max(T // 2, 1)), max(M - T, 0)]
+    return np.minimum(np.add.outer(starts, np.arange(T)), M - 1)
+
+
+def frame_noise(seed, frames, shape, step=0):
+    """Noise (*frames.shape, *shape) float64 for frames (an integer array): it belongs to the frame of the video, whatever row, batch or
+    process it is in. `step` 0 is the start, others are for samplers that add noise on the way."""
+    drawn = [np.random.default_rng([seed, f, step] if step else [seed, f]).standard_normal(shape) for f in np.ravel(frames)]
+    return torch.from_numpy(np.stack(drawn)).view(*np.shape(frames), *shape)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Denoising. x are latents (B, T, C, H, W), c conditioning (B, T, D), `anchor` the slot of the anchor
+# Samplers. x (..., C, H, W); output (..., 2C, H, W) of the model; a, b: alpha_bar now and after this step (1: clean latents); z: fresh noise
+# like x; `state`: what the sampler returned beside x one step before, None at first
 
-def ddim_timesteps(steps):
-    """Timesteps from 999 down to 0, evenly spaced, and for each the one after it; -1 stands for clean latents."""
-    t = np.linspace(NoiseSchedule.steps - 1, 0, steps).round().astype(int).tolist()
-    return list(zip(t, t[1:] + [-1]))
+@dataclass(frozen=True)
+class Settings:
+    """How a video is sampled: all that decides the result besides model and inputs. Raises UserError on what is not there."""
+    steps: int = 50
+    sampler: str = "ddim"                          # ddim, ddim:ETA, ddpm or dpm++
+    guidance: float = 1.0                          # 1: none
+    method: str = "anchored"                       # multidiffusion and independent are there to compare with
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 1 <= self.steps <= NoiseSchedule.steps:
+            raise UserError(f"--steps {self.steps} is not between 1 and {NoiseSchedule.steps}")
+        if self.method not in ("anchored", "multidiffusion", "independent"):
+            raise UserError(f"no method {self.method!r}; choose anchored, multidiffusion or independent")
+        if not math.isfinite(self.guidance) or self.seed < 0:
+            raise UserError("--guidance is a number, --seed one from 0 up")
+        self.update()
+
+    def update(self):
+        """(update function of the sampler, whether it needs fresh noise)."""
+        name, _, eta = self.sampler.partition(":")
+        try:
+            if name == "ddim" and 0 <= (eta := float(eta or 0)) <= 1:
+                return (lambda *step: ddim(*step, eta)), eta > 0
+        except ValueError:
+            pass
+        if self.sampler not in SAMPLERS:
+            raise UserError(f"no sampler {self.sampler!r}; choose ddim, ddim:ETA with ETA in 0..1, {' or '.join(SAMPLERS)}")
+        return SAMPLERS[self.sampler]
+
+    def timesteps(self):
+        """[(t, after)]: timesteps from 999 down to 0, and for each the one after it; -1 stands for clean latents. Evenly spaced, but for
+        DPM-Solver++ in the logarithm of signal to noise: there its steps are of one size, in t it overshoots at the end."""
+        last, n = NoiseSchedule.steps - 1, np.arange(self.steps)
+        t = np.linspace(last, 0, self.steps)[::-1]                              # ascending; a single step starts at the last
+        if self.sampler == "dpm++" and self.steps > 1:
+            ratio = torch.logit(NoiseSchedule().alpha_bar).numpy()              # falls with t
+            t = np.interp(np.linspace(ratio[0], ratio[-1], self.steps), ratio[::-1], np.arange(last, -1, -1))
+        t = np.maximum.accumulate(t.round().astype(int) - n) + n                # no timestep twice
+        t = np.minimum(t, last - n[::-1])[::-1].tolist()
+        return list(zip(t, t[1:] + [-1]))
 
 
-def ddim_update(schedule, x, output, t, after):
-    """One deterministic step from timestep t to `after` (DDIM, Eq. 12, eta = 0); output (B, T, 2C, H, W) of the model."""
-    noise = output[:, :, :x.shape[2]].to(x.dtype)
-    clean = schedule.predict_x0(x, noise, torch.full((len(x),), t, device=x.device))
-    rest = schedule.alpha_bar[after] if after >= 0 else torch.ones((), dtype=torch.float64)
-    return float(rest.sqrt()) * clean + float((1 - rest).sqrt()) * noise
+def predict_clean(x, noise, a):
+    return (x - (1 - a) ** 0.5 * noise) / a ** 0.5
 
 
-@torch.no_grad()
-def sample_plain(model, x, c, steps, anchor):
-    """The paper's rule: all rows in one batch, the anchor overridden at the start, in every layer (`SDiT.forward`) and after
-    every step (Alg. 1, step 3). Memory grows with the video; kept as the definition, and as what the tests compare with."""
-    schedule, x, c = NoiseSchedule(x.device), sdit.override(x, anchor), sdit.override(c, anchor)
-    for t, after in ddim_timesteps(steps):
-        output = model(x, torch.full((len(x),), t, device=x.device), c, anchor)
-        x = sdit.override(ddim_update(schedule, x, output, t, after), anchor)
+def ddim(x, output, a, b, z, state, eta):
+    """DDIM, Eq. 12 and 16; eta = 0 adds no noise."""
+    noise, _ = output.chunk(2, -3)
+    sigma = eta * ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
+    x = b ** 0.5 * predict_clean(x, noise, a) + (1 - b - sigma ** 2) ** 0.5 * noise
+    return (x + sigma * z if sigma else x), None
+
+
+def ddpm(x, output, a, b, z, state):
+    """Ancestral sampling with the learned sigma, on the process that has only these timesteps (Improved DDPM, Eq. 15, 19)."""
+    noise, v = output.chunk(2, -3)
+    beta = 1 - a / b
+    mean = beta * b ** 0.5 / (1 - a) * predict_clean(x, noise, a) + (1 - b) * (a / b) ** 0.5 / (1 - a) * x
+    if b == 1:
+        return mean, None
+    low, high = math.log(beta * (1 - b) / (1 - a)), math.log(beta)
+    return mean + torch.exp((low + (v + 1) / 2 * (high - low)) / 2) * z, None
+
+
+def dpm_plus(x, output, a, b, z, state):
+    """DPM-Solver++ (2M), Lu et al. 2022, Alg. 2: state is the clean latents and the step in log signal-to-noise before."""
+    clean = predict_clean(x, output.chunk(2, -3)[0], a)
+    if b == 1:
+        return clean, None
+    h = (math.log(b / (1 - b)) - math.log(a / (1 - a))) / 2
+    target = clean if state is None else clean + (clean - state[0]) * h / (2 * state[1])
+    return ((1 - b) / (1 - a)) ** 0.5 * x - b ** 0.5 * math.expm1(-h) * target, (clean, h)
+
+
+SAMPLERS = {"ddpm": (ddpm, True), "dpm++": (dpm_plus, False)}
+
+
+def denoise(settings, x, frames, evaluate, progress, anchor=None):
+    """From noise x (..., C, H, W), one latent for each of `frames`, to clean latents. evaluate(i, x, t) is the model's output at step i
+    and timestep t. With `anchor`, a slot, x is overridden at the start and after every step (Alg. 1, step 3)."""
+    alpha_bar, state, (update, stochastic) = NoiseSchedule().alpha_bar, None, settings.update()
+    x = sdit.override(x, anchor)
+    for i, (t, after) in enumerate(settings.timesteps()):
+        z = frame_noise(settings.seed, frames, x.shape[-3:], i + 1).to(x) if stochastic and after >= 0 else None
+        x, state = update(x, evaluate(i, x, t), alpha_bar[t].item(), alpha_bar[after].item() if after >= 0 else 1.0, z, state)
+        x = sdit.override(x, anchor)
+        progress()
     return x
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Anchored diffusion. conditions: the conditioning (B, T, D) of every branch: one, or with guidance also the unconditional one
+
+def guided(outputs, guidance):
+    """Classifier-free guidance over the noise, all channels of it; the learned sigma is the conditional one's. `outputs` of the branches,
+    (..., 2C, H, W) each. (DiT's own code guides 3 of 4 channels, by an oversight.)"""
+    if len(outputs) == 1:
+        return outputs[0]
+    (noise, v), (base, _) = (output.chunk(2, -3) for output in outputs)
+    return torch.cat([base + guidance * (noise - base), v], -3)
+
+
+def call(function, x, t, c, *rest):
+    """The model's output like x in precision; x may be finer than the model."""
+    output = function(x.to(c.dtype), torch.full((len(x),), t, device=x.device), c, *rest)
+    return (output[0].to(x.dtype), output[1]) if isinstance(output, tuple) else output.to(x.dtype)
+
+
 @torch.no_grad()
-def sample_first(model, x, c, steps, anchor, progress=lambda: None):
-    """Row 0 (B = 1) through all steps. Returns its latents and the anchor bank: for every step the keys and values of its
+def sample_plain(model, x, frames, conditions, settings, anchor, progress=lambda: None):
+    """The paper's rule: all rows x (B, T, C, H, W) in one batch, the anchor overridden at the start, in every layer (`SDiT.forward`) and
+    after every step (Alg. 1, step 3). Memory grows with the video; kept as the definition, and as what the tests compare with.
+    Without an anchor rows are independent."""
+    conditions = [sdit.override(c, anchor) for c in conditions]
+
+    def evaluate(i, x, t):
+        return guided([call(model, x, t, c, anchor) for c in conditions], settings.guidance)
+    return denoise(settings, x, frames, evaluate, progress, anchor)
+
+
+@torch.no_grad()
+def sample_first(model, x, frames, conditions, settings, anchor, progress=lambda: None):
+    """Row 0 (B = 1) through all steps. Returns its latents and the anchor bank: for every step and branch the keys and values of its
     anchor, which is all that other rows need of it."""
-    schedule, bank = NoiseSchedule(x.device), []
-    for t, after in ddim_timesteps(steps):
-        output, anchor_kv = model.forward_first(x, torch.full((1,), t, device=x.device), c, anchor)
-        x = ddim_update(schedule, x, output, t, after)
+    bank = []
+
+    def evaluate(i, x, t):
+        outputs, anchor_kv = zip(*(call(model.forward_first, x, t, c, anchor) for c in conditions))
         bank.append(anchor_kv)
-        progress()
-    return x, bank
+        return guided(outputs, settings.guidance)
+    return denoise(settings, x, frames, evaluate, progress), bank
 
 
 @torch.no_grad()
-def sample_rest(model, x, c, steps, anchor, bank, progress=lambda: None):
+def sample_rest(model, x, frames, conditions, settings, anchor, bank, progress=lambda: None):
     """Any rows but row 0, without their anchor slots, x (B, T - 1, C, H, W); in any batch and order, with the same result as
-    `sample_plain`."""
-    schedule = NoiseSchedule(x.device)
-    for (t, after), anchor_kv in zip(ddim_timesteps(steps), bank):
-        output = model.forward_rest(x, torch.full((len(x),), t, device=x.device), c, anchor, anchor_kv)
-        x = ddim_update(schedule, x, output, t, after)
-        progress()
-    return x
+    `sample_plain`. Each branch reads the anchor of its own."""
+    def evaluate(i, x, t):
+        return guided([call(model.forward_rest, x, t, c, anchor, kv) for c, kv in zip(conditions, bank[i])], settings.guidance)
+    return denoise(settings, x, frames, evaluate, progress)
 
 
-def sample_rows(model, rows, keep, wanted, conditioning, steps, seed):
-    """Latents of at least the frames in `wanted` (a set): dict frame -> (C, H, W). rows, keep from `plan_rows`; conditioning
-    (M, D). Row 0 is always sampled; of the others those that hold a wanted frame."""
-    config, device, dtype = model.config, conditioning.device, next(model.parameters()).dtype
-    shape, anchor = (config.latent_channels, config.latent_size, config.latent_size), rows.shape[1] // 2
-    own = [s for s in range(rows.shape[1]) if s != anchor]
-    needed = [b for b in range(1, len(rows)) if wanted & set(rows[b][keep[b]].tolist())]
-    size = max(1, CHUNK_TOKENS // (config.tokens * rows.shape[1]))
-    chunks = [needed[i:i + size] for i in range(0, len(needed), size)]
-    latents = {}
+@torch.no_grad()
+def sample_windows(model, x, conditions, settings, chunk, progress=lambda: None):
+    """MultiDiffusion (Bar-Tal et al. 2023), to compare with: x (M, C, H, W), the whole video; what the windows that hold a frame predict for
+    it is averaged, every step. conditions (M, D)."""
+    windows = torch.from_numpy(plan_windows(len(x), model.config.frames)).to(x.device)                  # (windows, T)
+    counts = torch.bincount(windows.flatten(), minlength=len(x)).view(-1, 1, 1, 1)
 
-    def start(frames):
-        x = frame_noise(seed, frames.ravel(), shape).view(*frames.shape, *shape)
-        return x.to(device, dtype), conditioning[torch.from_numpy(frames)].to(dtype)
+    def evaluate(i, x, t):
+        total = x.new_zeros(len(x), 2 * x.shape[1], *x.shape[2:])
+        for part in windows.split(chunk):
+            output = guided([call(model, x[part], t, c[part]) for c in conditions], settings.guidance)
+            total.index_add_(0, part.flatten(), output.flatten(0, 1))
+        return total / counts
+    return denoise(settings, x, range(len(x)), evaluate, progress)
 
-    with tqdm(total=steps * (1 + len(needed)), desc="denoising", unit="row-step", leave=False) as bar:
-        x, bank = sample_first(model, *start(rows[:1]), steps, anchor, bar.update)
-        latents |= {f: z for f, z, k in zip(rows[0].tolist(), x[0].cpu(), keep[0]) if k}
-        for chunk in chunks:
-            frames, kept = rows[chunk][:, own], keep[chunk][:, own]
-            x = sample_rest(model, *start(frames), steps, anchor, bank, lambda: bar.update(len(chunk)))
-            latents |= {f: z for f, z, k in zip(frames.ravel().tolist(), x.flatten(0, 1).cpu(), kept.ravel()) if k}
-    return latents
+
+def sample_video(model, conditions, settings, wanted=None, finished=None, share=(0, 1)):
+    """Sample a video of M frames, conditions (M, D) each. Returns a function frame -> latent (C, H, W), on the CPU, for the frames
+    `wanted` (default: all), which costs the rows that hold them.
+
+    `finished`, a mapping from row to the latents (n, C, H, W) of the frames that it keeps, receives rows as they get done; those in it
+    already are not made again. `share` (rank, processes): make only this share of the rows."""
+    M, T, method = len(conditions[0]), model.config.frames, settings.method
+    # MultiDiffusion cannot be cut: one row of all frames
+    rows, keep = plan_rows(M, T) if method != "multidiffusion" else (np.arange(M)[None], np.ones((1, M), bool))
+    finished, wanted = {} if finished is None else finished, set(range(M) if wanted is None else wanted)
+    needed = [b for b in range(len(rows)) if wanted & set(rows[b][keep[b]].tolist())]
+    mine = [b for b in needed[share[0]::share[1]] if b not in finished]
+    with tqdm(total=settings.steps * len(mine), desc="denoising", unit="row-step", leave=False, disable=share[0] > 0) as bar:
+        for chunk, slots, x in sample_some(model, rows, mine, conditions, settings, bar) if mine else ():
+            for b, latents in zip(chunk, x.cpu()):
+                finished[b] = latents[torch.from_numpy(keep[b][slots])]
+    place = {int(f): (b, i) for b in needed for i, f in enumerate(rows[b][keep[b]])}
+    return lambda frame: finished[place[frame][0]][place[frame][1]]
+
+
+def sample_some(model, rows, numbers, conditions, settings, bar):
+    """Sample the rows `numbers` of a video, a few at a time: yields (their numbers, slots, latents (B, slots, C, H, W))."""
+    c, device = model.config, conditions[0].device
+    shape, anchor = (c.latent_channels, c.latent_size, c.latent_size), c.frames // 2
+    size = max(1, CHUNK_TOKENS[device.type] // (c.tokens * c.frames))
+    every, own = (np.flatnonzero(np.arange(rows.shape[1]) != s) for s in (-1, anchor))
+
+    def inputs(chunk, slots):
+        """(noise, frames, conditions); latents are at least in float32 on the way, whatever the model's precision."""
+        frames = rows[chunk][:, slots]
+        x = frame_noise(settings.seed, frames, shape).to(device, torch.promote_types(conditions[0].dtype, torch.float32))
+        return x, frames, [condition[torch.from_numpy(frames).to(device)] for condition in conditions]
+
+    def chunks(numbers):
+        for i in range(0, len(numbers), size):
+            chunk = numbers[i:i + size]
+            yield chunk, lambda: bar.update(len(chunk))
+
+    if settings.method == "multidiffusion":
+        yield [0], every, sample_windows(model, inputs([0], every)[0][0], conditions, settings, size, bar.update)[None]
+    elif settings.method == "independent":
+        for chunk, progress in chunks(numbers):
+            yield chunk, every, sample_plain(model, *inputs(chunk, every), settings, None, progress)
+    else:
+        bar.total += settings.steps * (0 not in numbers)                        # row 0 comes first, whoever wants it
+        x, bank = sample_first(model, *inputs([0], every), settings, anchor, bar.update)
+        yield [0], every, x
+        for chunk, progress in chunks([b for b in numbers if b]):
+            yield chunk, own, sample_rest(model, *inputs(chunk, own), settings, anchor, bank, progress)
+
+
+class Partial:
+    """Finished rows on disk, OUT.partial/KEY-ROW.safetensors: a mapping from row to latents, for `sample_video`. KEY stands for all that
+    decides the result; files of another key are removed."""
+
+    def __init__(self, out, key):
+        self.folder, self.key = Path(f"{out}.partial"), key
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for other in self.folder.iterdir():
+            if not other.name.startswith(key):
+                other.unlink()
+
+    def _path(self, row):
+        return self.folder / f"{self.key}-{row:06d}.safetensors"
+
+    def __contains__(self, row):
+        return self._path(row).exists()
+
+    def __getitem__(self, row):
+        return sdit.read_tensors(self._path(row))[0]["latents"]
+
+    def __setitem__(self, row, latents):
+        sdit.write_tensors(self._path(row), dict(latents=latents), {})
+
+    def remove(self):
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a video is conditioned on
+
+def text_scene(encoder, text, mean):
+    """The scene (1, S) that a sentence stands for. Pictures and texts lie in separate regions of CLIP's space, and training sees pictures
+    alone; the paper takes the text's vector as it is."""
+    return encoder.texts([text])
+
+
+def edit_scene(encoder, scene, edit):
+    """The scene (1, S) moved by `edit`, "BEFORE -> AFTER" or "BEFORE -> AFTER:WEIGHT", along the direction between the two texts (paper
+    4.4 combines vectors of pictures and texts and leaves open how; this is StyleGAN-NADA's)."""
+    before, arrow, after = edit.partition("->")
+    after, colon, weight = after.rpartition(":") if ":" in after else (after, "", "1")
+    try:
+        weight = float(weight)
+    except ValueError:
+        arrow = ""
+    if not arrow or not before.strip() or not after.strip():
+        raise UserError(f'--edit "{edit}" is not of the form "blond hair -> red hair" or "blond hair -> red hair:0.5"')
+    old, new = encoder.texts([before.strip(), after.strip()])
+    return F.normalize(scene + weight * (new - old), dim=-1)
+
+
+def make_scene(models, face, prompt, edit):
+    """The scene (1, S) of a face crop (h, w, 3) uint8, a sentence, or both (the mean direction), edited."""
+    mean = torch.tensor(models.sdit.config.scene_mean, device=models.device)
+    parts = [models.encoder.images(data.to_tensor(face[None]))] if face is not None else []
+    parts += [text_scene(models.encoder, prompt, mean)] if prompt else []
+    scene = F.normalize(sum(parts), dim=-1)
+    return edit_scene(models.encoder, scene, edit) if edit else scene
+
+
+# Points that expressions hardly move: upper outline of the face, bridge of the nose, corners of the eyes
+RIGID = [10, 338, 297, 332, 284, 251, 389, 356, 454, 127, 162, 21, 54, 103, 67, 109, 234, 168, 6, 197, 195, 33, 133, 362, 263]
+
+
+def head_pose(points, onto):
+    """(scale, rotation (3, 3)) that best take the rigid points of one face (478, 3) to another's (Umeyama 1991, without the shift)."""
+    a, b = (p[RIGID] - p[RIGID].mean(0) for p in (points, onto))
+    u, s, vt = np.linalg.svd(b.T @ a)
+    flip = np.array([1, 1, np.sign(np.linalg.det(u @ vt))])
+    return (s * flip).sum() / (a ** 2).sum(), (u * flip) @ vt
+
+
+def neutral_frame(landmarks):
+    """Number of the frame of landmarks (M, 478, 3) with the smallest mouth opening and rotation of the head."""
+    across, down = landmarks[:, 263] - landmarks[:, 33], landmarks[:, 152] - landmarks[:, 10]
+    turned = abs(np.arctan2(across[:, 2:0:-1], across[:, :1])).sum(1) + abs(np.arctan2(down[:, 2], down[:, 1]))
+    gap = np.linalg.norm(landmarks[:, 13] - landmarks[:, 14], axis=1) / np.linalg.norm(across, axis=1)
+    return int((turned + gap).argmin())
+
+
+def retargeted(driving, source):
+    """Landmarks (M, 478, 3) with the shape of the source's face and the motion of the driving one's (paper silent; raw landmarks carry
+    the driver's shape into the result). driving (M, 478, 3); source (478, 3), any unit.
+
+    The neutral driving frame is compared with the source, laid onto it by its rigid points; the difference of shape follows the head
+    through the video, turned and sized with it, and is added to every frame."""
+    neutral = driving[neutral_frame(driving)]
+    scale, rotation = head_pose(source, neutral)
+    moved = scale * source @ rotation.T
+    difference = moved - moved[RIGID].mean(0) - (neutral - neutral[RIGID].mean(0))
+    poses = (head_pose(neutral, frame) for frame in driving)
+    return np.stack([frame + scale * difference @ rotation.T for frame, (scale, rotation) in zip(driving, poses)]).astype(np.float32)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The whole job
 
-def read_source(path, landmarker, size):
-    """The source's face crop (size, size, 3) uint8: a picture, or the first frame with a face of a video."""
+@dataclass
+class Models:
+    """What a job needs, loaded once."""
+    sdit: sdit.SDiT
+    autoencoder: sdit.AutoencoderKL
+    encoder: data.SceneEncoder
+    landmarker: data.FaceLandmarker
+    sha256: str
+    device: torch.device
+
+    @property
+    def size(self):
+        """Pixels a side of the result."""
+        return self.autoencoder.config.factor * self.sdit.config.latent_size
+
+
+def load_models(path=DEMO / "sdit.safetensors", device=None):
+    """Models for `reenact`, from the model file of train.py and the weights it names. The sDiT is in bfloat16 on a GPU."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = sdit.load_model(path, device)
+    c = model.config
+    return Models(model.to(torch.bfloat16) if device.type == "cuda" and sdit.has_bf16("cuda") else model,
+                  sdit.load_autoencoder(sdit.find_weights(c.autoencoder, c.autoencoder_sha256, path), device),
+                  data.SceneEncoder(sdit.find_weights(c.clip, c.clip_sha256, path), device), data.FaceLandmarker(), sdit.sha256(path), device)
+
+
+def read_source(path, landmarker, size, number):
+    """(face crop (size, size, 3) uint8, landmarks (478, 3), how many faces there are) of face `number` of a picture, or of a video's first
+    frame with a face."""
     picture = data.read_picture(path)
     for frame in data.Video(path) if picture is None else [picture]:
-        points = landmarker(frame)
-        if points is not None:
-            return data.crop(frame, data.face_square(points[None]), size)
+        if faces := list(landmarker.everyone(frame)):
+            points = data.pick_face(faces, number, path)
+            return data.crop(frame, data.face_square(points[None]), size), points, len(faces)
     raise data.no_face(path)
 
 
@@ -166,9 +444,9 @@ def parse_only(text, M):
     return wanted
 
 
-def write_frames(paths, latents, wanted, autoencoder, driving, square, source, comment, watch):
-    """Decode, put in order and write: the result to paths[0], the comparison to a second path. Frames go out as they are
-    decoded, eight at a time."""
+def write_frames(paths, latent, wanted, autoencoder, driving, square, source, comment, watch):
+    """Decode, put in order and write: the result to paths[0], the comparison to a second path. latent(frame) gives a latent; frames go
+    out as they are decoded, eight at a time."""
     span = [float(f / driving.fps) for f in (wanted[0], wanted[-1] + 1)]
     span = span if len(wanted) < len(driving) else (0.0, math.inf)               # a whole video keeps its sound to the end
     device = next(autoencoder.parameters()).device
@@ -177,74 +455,137 @@ def write_frames(paths, latents, wanted, autoencoder, driving, square, source, c
         files = [stack.enter_context(data.VideoWriter(p, driving.fps, comment, driving, span)) for p in paths]
         for i in range(0, len(wanted), 8):
             with watch("decoding"), torch.no_grad():
-                images = data.to_images(autoencoder.decode(torch.stack([latents[f] for f in wanted[i:i + 8]]).to(device)))
+                images = data.to_images(autoencoder.decode(torch.stack([latent(f) for f in wanted[i:i + 8]]).to(device, torch.float32)))
             with watch("writing"):
                 for image in images:
                     files[0].write(image)
                     for comparison in files[1:]:
-                        panels = source, data.crop(next(shown), square), image
+                        panels = [*([] if source is None else [source]), data.crop(next(shown), square), image]
                         comparison.write(np.concatenate([data.resize(panel, max(256, len(image))) for panel in panels], 1))
                     bar.update()
 
 
-def reenact(source, driving, out="reenacted.mp4", model=DEMO / "sdit.safetensors", steps=50, seed=0, only=None, compare=False,
-            device=None):
-    """Write the video `out` of the face in `source` (picture or video) moving like the one in `driving` (video).
+def reenact(source=None, driving=DEMO / "driving.mp4", out="reenacted.mp4", model=DEMO / "sdit.safetensors", steps=50, seed=0, only=None,
+            compare=False, method="anchored", sampler="ddim", guidance=1.0, prompt=None, edit=None, retarget=False, face=(0,), device=None):
+    """Write the video `out` of the face in `source` (picture or video), or of a sentence, `prompt`, or of both, moving like the one in
+    `driving` (video).
 
-    out has the frames, rate and sound of `driving`, or of its frames `only` ("a:b"); `compare` writes, beside it,
-    OUT-compare.mp4: source, driving face, result. Returns the seconds by part. Raises UserError on bad input; then nothing is written."""
+    model: a model file, or what `load_models` made of it. out has the frames, rate and sound of `driving`, or of its frames `only`
+    ("a:b"); `compare` writes, beside it, OUT-compare.mp4: source, driving face, result. `face`: which face of driving and source, by size.
+    The rest is as on the command line. Under torchrun the processes share the rows, and rank 0 writes. Returns the seconds by part.
+    Raises UserError on bad input; then nothing is written."""
     watch, paths = data.Stopwatch(), [Path(out), Path(out).with_name(f"{Path(out).stem}-compare.mp4")][:1 + compare]
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    settings, source = Settings(steps, sampler, guidance, method, seed), source if source or prompt else DEMO / "source.png"
+    if retarget and not source:
+        raise UserError("--retarget needs the shape of a face; give a --source")
     for path in paths:
-        data.check_output(path, source, driving)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        data.check_output(path, *filter(None, (source, driving)))
     with watch("models"):
-        sdiff = sdit.load_model(model, device)
-        config = sdiff.config
-        autoencoder = sdit.load_autoencoder(sdit.find_weights(config.autoencoder, config.autoencoder_sha256, model), device)
-        landmarker = data.FaceLandmarker()
-        size = autoencoder.config.factor * config.latent_size
+        models = model if isinstance(model, Models) else load_models(model, device)
     with watch("landmarks"):
         video = data.Video(driving)
         wanted = parse_only(only, len(video)) if only else range(len(video))
-        face = read_source(source, landmarker, size)
-        tracked = data.track(video, landmarker, driving, len(video))
+        picture, shape, people = read_source(source, models.landmarker, models.size, (*face, 0)[1]) if source else (None, None, 0)
+        tracked = data.track(video, models.landmarker, driving, len(video), face[0])
+        landmarks = retargeted(tracked.landmarks, shape) if retarget else tracked.landmarks
+    for path, count, number in (driving, tracked.faces, face[0]), (source, people, (*face, 0)[1]):
+        if count > 1 and rank == 0:
+            print(f"{path} shows {count} faces; number {number} by size is taken (--face)")
     missed = int((~tracked.found).sum())
-    if missed:
+    if missed and rank == 0:
         print(f"no face found in {missed} of {len(video)} frames of {driving}; their landmarks are interpolated")
     with watch("CLIP"), torch.no_grad():
-        encoder = data.SceneEncoder(sdit.find_weights(config.clip, config.clip_sha256, model), device)
-        scene = encoder.images(data.to_tensor(face[None]))
+        scene = make_scene(models, picture, prompt, edit)
     with watch("denoising"), torch.no_grad():
-        landmarks = torch.from_numpy(tracked.landmarks).to(device)
-        conditioning = sdiff.mapping(scene, landmarks[None])[0]                 # (M, D)
-        rows, keep = plan_rows(len(video), config.frames)
-        latents = sample_rows(sdiff, rows, keep, set(wanted), conditioning, steps, seed)
-    comment = "synthetic, AI-generated face video; " + json.dumps(dict(tool="anchored-diffusion", model=sdit.sha256(model)[:16],
-                                                                       seed=seed, steps=steps))
-    write_frames(paths, latents, wanted, autoencoder, video, tracked.square, face, comment, watch)
-    print(f"{' and '.join(map(str, paths))}: {len(wanted)} frames of {size} x {size}, {len(rows)} rows of {config.frames}, "
-          f"anchor frame {rows[0, config.frames // 2]}\n{watch}")
+        conditions = make_conditions(models, scene, landmarks, settings.guidance)
+        asked = json.dumps(dict(dataclasses.asdict(settings), model=models.sha256), sort_keys=True)
+        key = hashlib.sha256(asked.encode() + b"".join(c.float().cpu().numpy().tobytes() for c in conditions)).hexdigest()[:16]
+        finished = Partial(out, key)
+        latent = sample_video(models.sdit, conditions, settings, wanted, finished, (rank, world))
+        if world > 1:
+            dist.barrier()                                                      # until all rows are there
+    if rank == 0:
+        about = dict(tool="anchored-diffusion", model=models.sha256[:16], **dataclasses.asdict(settings), prompt=prompt, edit=edit, retarget=retarget)
+        comment = "synthetic, AI-generated face video; " + json.dumps({k: v for k, v in about.items() if v is not None})
+        write_frames(paths, latent, wanted, models.autoencoder, video, tracked.square, picture, comment, watch)
+        finished.remove()
+        print(f"{' and '.join(map(str, paths))}: {len(wanted)} frames of {models.size} x {models.size}\n{watch}")
     return dict(watch.seconds)
 
 
-def main():
+def make_conditions(models, scene, landmarks, guidance):
+    """Conditioning (M, D) of every branch, in the model's precision, of a scene (1, S) and landmarks (M, 478, 3)."""
+    mapping, dtype = models.sdit.mapping, next(models.sdit.parameters()).dtype
+    landmarks = torch.from_numpy(landmarks)[None].to(models.device, dtype)
+    conditions = [mapping(scene.to(dtype), landmarks)[0]]
+    return conditions if guidance == 1 else conditions + [mapping()[0].expand(len(conditions[0]), -1)]
+
+
+def reenact_pairs(path, models, **options):
+    """Run every line of a CSV file with the columns source, driving, out and, if you like, prompt, paths relative to it. A line that fails
+    is reported, and the rest goes on. Returns how many were written."""
+    folder, written = Path(path).parent, 0
+    try:
+        with open(path, newline="") as f:
+            lines = list(csv.DictReader(f))
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"cannot read the table {path} ({e}); it is a CSV file with the columns source,driving,out[,prompt]") from None
+    if not lines or not {"driving", "out"} <= set(lines[0]) or not {"source", "prompt"} & set(lines[0]):
+        raise UserError(f"{path} has no lines under the columns source,driving,out[,prompt]")
+    for number, line in enumerate(lines, 2):
+        try:
+            if not line["driving"] or not line["out"]:
+                raise UserError("driving or out is missing")
+            jobs = {k: folder / line[k] for k in ("source", "driving", "out") if line.get(k)}
+            reenact(model=models, prompt=line.get("prompt") or options["prompt"], **jobs, **{k: v for k, v in options.items() if k != "prompt"})
+            written += 1
+        except Exception as e:                                                  # whatever is wrong with a line, the rest goes on
+            print(f"{path}, line {number}: {e if isinstance(e, UserError) else f'{type(e).__name__}: {e}'}; skipped", file=sys.stderr)
+    print(f"{written} of {len(lines)} written")
+    return written
+
+
+def arguments():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--source", type=Path, default=DEMO / "source.png", help="picture of a face, or a video (its first frame with a face)")
+    ap.add_argument("--source", type=Path, help="picture of a face, or a video (its first frame with a face); default: the bundled one")
     ap.add_argument("--driving", type=Path, default=DEMO / "driving.mp4", help="video whose movements are taken")
     ap.add_argument("--out", type=Path, default=Path("reenacted.mp4"))
+    ap.add_argument("--pairs", type=Path, help="CSV file with the columns source,driving,out[,prompt]: many jobs, models loaded once")
     ap.add_argument("--model", type=Path, default=DEMO / "sdit.safetensors", help="model file made by train.py")
+    ap.add_argument("--prompt", help="a sentence in place of the source, or, with one, mixed into it")
+    ap.add_argument("--edit", metavar="A -> B[:W]", help='change the source, as in "blond hair -> red hair", with weight W')
+    ap.add_argument("--retarget", action="store_true", help="keep the source's own shape of face and take only the movements")
+    ap.add_argument("--face", type=int, nargs="+", default=[0], metavar="N", help="which face of the driving video and of the source, by size from 0")
     ap.add_argument("--steps", type=int, default=50, help="denoising steps, 1 to 1000")
+    ap.add_argument("--sampler", default="ddim", help="ddim, ddim:ETA, ddpm (with --steps 250: DiT's setting) or dpm++")
+    ap.add_argument("--guidance", type=float, default=1.0, help="weight of classifier-free guidance; 1: none, else twice the work")
+    ap.add_argument("--method", default="anchored", help="anchored, or to compare with: multidiffusion, independent")
     ap.add_argument("--seed", type=int, default=0)
     ap.add_argument("--only", metavar="A:B", help="make only these frames of the driving video, as in 0:24")
     ap.add_argument("--compare", action="store_true", help="also write OUT-compare.mp4: source, driving, result side by side")
-    a = ap.parse_args()
-    if not 1 <= a.steps <= NoiseSchedule.steps:
-        raise UserError(f"--steps {a.steps} is not between 1 and {NoiseSchedule.steps}")
-    bundled = {DEMO / "source.png", DEMO / "driving.mp4"}
-    if a.model.resolve() == DEMO / "sdit.safetensors" and not {a.source.resolve(), a.driving.resolve()} <= bundled:
+    ap.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
+    return ap.parse_args()
+
+
+def main():
+    a = arguments()
+    if "WORLD_SIZE" in os.environ:                                              # under torchrun: nothing is exchanged, one waits for all
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+        if torch.cuda.is_available() and not a.device:
+            a.device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    bundled = {None, DEMO / "source.png", DEMO / "driving.mp4"}
+    given = {a.source and a.source.resolve(), a.driving.resolve()}
+    if a.model.resolve() == DEMO / "sdit.safetensors" and (a.pairs or not given <= bundled):
         print("note: the bundled demo model knows only rendered faces, and those roughly: the result is a face of that world, led by the "
               "driving person; for real faces train a model on real clips (README, Train) and pass it with --model")
-    reenact(**vars(a))
+    options = {k: v for k, v in vars(a).items() if k not in ("pairs", "source", "driving", "out", "model", "device")}
+    if not a.pairs:
+        reenact(a.source, a.driving, a.out, a.model, device=a.device, **options)
+    elif not reenact_pairs(a.pairs, load_models(a.model, a.device), **options):
+        raise UserError(f"no line of {a.pairs} could be done")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

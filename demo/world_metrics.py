@@ -115,43 +115,35 @@ def score(images, true, driving, masks, face, landmarker):
     return result | dict(ssim=ssim(a, b))
 
 
-class Reenactor:
-    """sample.py's own functions with the models loaded once."""
-
-    def __init__(self, model, steps):
-        self.sdit, self.steps = sdit.load_model(model), steps
-        c = self.sdit.config
-        self.autoencoder = sdit.load_autoencoder(sdit.find_weights(c.autoencoder, c.autoencoder_sha256, model))
-        self.encoder = data.SceneEncoder(sdit.find_weights(c.clip, c.clip_sha256, model))
-        self.size = self.autoencoder.config.factor * c.latent_size
-
-    @torch.no_grad()
-    def __call__(self, source, landmarks, seed):
-        """source (h, w, 3) uint8 face crop, landmarks (M, 478, 3) -> (M, size, size, 3) uint8."""
-        conditioning = self.sdit.mapping(self.encoder.images(data.to_tensor(source[None])), torch.from_numpy(landmarks)[None])[0]
-        rows, keep = sample.plan_rows(len(landmarks), self.sdit.config.frames)
-        latents = sample.sample_rows(self.sdit, rows, keep, set(range(len(landmarks))), conditioning, self.steps, seed)
-        return data.to_images(self.autoencoder.decode(torch.stack([latents[f] for f in range(len(landmarks))])))
-
-    @torch.no_grad()
-    def through_autoencoder(self, images):
-        return data.to_images(self.autoencoder.decode(self.autoencoder.encode(data.to_tensor(images))))
+@torch.no_grad()
+def reenact(models, source, landmarks, settings):
+    """source (h, w, 3) uint8 face crop, landmarks (M, 478, 3) -> (M, size, size, 3) uint8, by sample.py's own functions."""
+    conditions = sample.make_conditions(models, sample.make_scene(models, source, None, None), landmarks, settings.guidance)
+    latent = sample.sample_video(models.sdit, conditions, settings)
+    return data.to_images(models.autoencoder.decode(torch.stack([latent(f) for f in range(len(landmarks))])))
 
 
-def run_case(seed, frames, held_out, reenactor, landmarker):
+@torch.no_grad()
+def through_autoencoder(models, images):
+    return data.to_images(models.autoencoder.decode(models.autoencoder.encode(data.to_tensor(images))))
+
+
+def run_case(seed, a, models):
     """Scores of generated, true, and true-through-the-autoencoder, and a sheet row of pictures."""
-    face_a, face_b, motion = make_case(seed, frames, held_out)
-    size, still = reenactor.size, world.sample_motion(np.random.default_rng(UNSEEN + seed), 1)
+    frames, landmarker = a.frames, models.landmarker
+    face_a, face_b, motion = make_case(seed, frames, a.held_out)
+    size, still = models.size, world.sample_motion(np.random.default_rng(UNSEEN + seed), 1)
     driving = render_clip(face_b, motion, 256)
     tracked = data.track(driving, landmarker, f"driving case {seed}")
+    redraw = (lambda pictures: world.painted(pictures, UNSEEN + seed)) if a.painted else np.asarray
     source = render_clip(face_a, still, 256)
-    source = data.crop(source[0], data.track(source, landmarker, f"source case {seed}").square, size)
-    true = np.stack([data.crop(im, tracked.square, size) for im in render_clip(face_a, motion, 256)])
+    source = data.crop(redraw(source)[0], data.track(source, landmarker, f"source case {seed}").square, size)
+    true = np.stack([data.crop(im, tracked.square, size) for im in redraw(render_clip(face_a, motion, 256))])
     driving = np.stack([data.crop(im, tracked.square, size) for im in driving])
-    masks = [regions(face_a, {k: v[i] for k, v in motion.items()}, tracked.square, size) for i in range(frames)]
-    made = reenactor(source, tracked.landmarks, seed)
+    masks = [] if a.painted else [regions(face_a, {k: v[i] for k, v in motion.items()}, tracked.square, size) for i in range(frames)]
+    made = reenact(models, source, tracked.landmarks, sample.Settings(a.steps, a.sampler, a.guidance, seed=seed))
     scores = {name: score(im, true, tracked.landmarks, masks, face_a, landmarker)
-              for name, im in (("generated", made), ("autoencoder", reenactor.through_autoencoder(true)), ("true", true))}
+              for name, im in (("generated", made), ("autoencoder", through_autoencoder(models, true)), ("true", true))}
     shown = np.linspace(0, frames - 1, 8).astype(int)
     row = [np.concatenate([np.full_like(source, 255) if i else source, *im[shown]], 1) for i, im in enumerate((driving, true, made))]
     return scores, np.concatenate(row)
@@ -163,12 +155,15 @@ def main():
     ap.add_argument("--n", type=int, default=50, help="clips")
     ap.add_argument("--frames", type=int, default=24)
     ap.add_argument("--steps", type=int, default=50)
+    ap.add_argument("--sampler", default="ddim")
+    ap.add_argument("--guidance", type=float, default=1.0)
     ap.add_argument("--held-out", action="store_true", help="sources with the triples of colours that no training saw")
+    ap.add_argument("--painted", action="store_true", help="sources, and so the truth, redrawn as paintings")
     ap.add_argument("--sheet", type=Path, help="contact sheet of the first 8 cases: source and driving, true, generated")
     a = ap.parse_args()
-    reenactor, landmarker, scores, sheet = Reenactor(a.model, a.steps), data.FaceLandmarker(), [], []
+    models, scores, sheet = sample.load_models(a.model), [], []
     for seed in tqdm(range(a.n), "cases"):
-        one, row = run_case(seed, a.frames, a.held_out, reenactor, landmarker)
+        one, row = run_case(seed, a, models)
         scores.append(one)
         sheet += [row] * (seed < 8)
     if a.sheet:
@@ -178,7 +173,8 @@ def main():
     print(f"{'':16}{'generated':>12}{'autoencoder':>12}{'true':>12}")
     for k in names:
         print(f"{k:16}" + "".join(f"{mean[kind][k]:12.3f}" for kind in mean))
-    print(json.dumps(dict(n=a.n, frames=a.frames, steps=a.steps, held_out=a.held_out, model=sdit.sha256(a.model)[:16], **mean)))
+    settings = {k: v for k, v in vars(a).items() if k not in ("sheet", "model")}
+    print(json.dumps(settings | dict(model=models.sha256[:16]) | mean))
 
 
 if __name__ == "__main__":

@@ -44,55 +44,171 @@ def test_rows_are_wide_and_take_any_anchor():
 def test_noise_belongs_to_the_frame():
     a, b = sample.frame_noise(3, [5, 9, 2], (4, 8, 8)), sample.frame_noise(3, [2, 5], (4, 8, 8))
     assert torch.equal(a[0], b[1]) and torch.equal(a[2], b[0]) and not torch.equal(a[0], a[1])
+    later = sample.frame_noise(3, np.array([[5], [2]]), (4, 8, 8), step=1)
+    assert later.shape == (2, 1, 4, 8, 8) and not torch.equal(later[0, 0], a[0]) and later.std() > 0.9
     assert not torch.equal(sample.frame_noise(4, [5], (4, 8, 8))[0], a[0])
 
 
-def test_ddim_recovers_what_a_perfect_denoiser_knows():
-    schedule, x0, noise = sdit.NoiseSchedule(), torch.randn(2, 3, 4, 8, 8).double(), torch.randn(2, 3, 4, 8, 8).double()
-    for steps in (1, 7, 50):
-        pairs = sample.ddim_timesteps(steps)
-        assert pairs[0][0] == 999 and pairs[-1][1] == -1 and len(pairs) == steps
-        x = schedule.add_noise(x0, noise, torch.tensor([999, 999]))
-        for t, after in pairs:
-            known = (x - schedule.alpha_bar[t].sqrt() * x0) / (1 - schedule.alpha_bar[t]).sqrt()
-            x = sample.ddim_update(schedule, x, torch.cat([known, known * 9], 2), t, after)
-        torch.testing.assert_close(x, x0)
+SAMPLERS = ["ddim", "ddim:0.5", "ddim:1", "ddpm", "dpm++"]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 7, 50])
+def test_samplers_recover_what_a_perfect_denoiser_knows(sampler, steps):
+    settings, x0 = sample.Settings(steps, sampler), torch.randn(2, 3, 4, 8, 8).double()
+    pairs, alpha_bar = settings.timesteps(), sdit.NoiseSchedule().alpha_bar
+    assert pairs[0][0] == 999 and pairs[-1][1] == -1 and len(pairs) == steps and (steps == 1 or pairs[-1][0] == 0)
+
+    def known(i, x, t):
+        noise = (x - alpha_bar[t].sqrt() * x0) / (1 - alpha_bar[t]).sqrt()
+        return torch.cat([noise, torch.rand_like(noise)], 2)
+    made = sample.denoise(settings, torch.randn_like(x0), np.arange(6).reshape(2, 3), known, lambda: None)
+    torch.testing.assert_close(made, x0)
+
+
+def gaussian_samples(settings, spread=0.5, v=-1.0):
+    """Samples from data of normal distribution, whose best denoiser is known: they must have its spread."""
+    alpha_bar = sdit.NoiseSchedule().alpha_bar
+
+    def best(i, x, t):
+        a = alpha_bar[t]
+        noise = (1 - a).sqrt() * x / (a * spread ** 2 + 1 - a)
+        return torch.cat([noise, torch.full_like(noise, v)], -3)
+    frames = np.arange(4)
+    return sample.denoise(settings, sample.frame_noise(0, frames, (4, 32, 32)), frames, best, lambda: None)
+
+
+@pytest.mark.parametrize("sampler,steps", [("ddim", 500), ("ddim:1", 500), ("ddpm", 500), ("dpm++", 50)])
+def test_samplers_keep_the_spread_of_the_data(sampler, steps):
+    assert abs(gaussian_samples(sample.Settings(steps, sampler)).std() - 0.5) < 0.01
+
+
+def test_samplers_agree_where_theory_says_so():
+    small, eta = gaussian_samples(sample.Settings(20, "ddpm"), v=-1), gaussian_samples(sample.Settings(20, "ddim:1"))
+    torch.testing.assert_close(small, eta)                                      # DDIM, Sec. 4.1: eta = 1 is DDPM with the posterior variance
+    assert gaussian_samples(sample.Settings(20, "ddpm"), v=1).std() > small.std() * 1.02
+    exact = gaussian_samples(sample.Settings(1000, "ddim"))
+    first, second = ((gaussian_samples(sample.Settings(20, name)) - exact).abs().mean() for name in ("ddim", "dpm++"))
+    assert second < first / 3                                                   # an order higher
+    torch.testing.assert_close(*(gaussian_samples(sample.Settings(2, name)) for name in ("ddim", "dpm++")))    # one step and the last: the same
+    for steps in (1, 2, 3, 50, 333, 999, 1000):
+        for name in ("ddim", "dpm++"):
+            t = [pair[0] for pair in sample.Settings(steps, name).timesteps()]
+            assert len(t) == steps and t[0] == 999 and (np.diff(t) < 0).all() and (steps == 1 or t[-1] == 0)
+
+
+def conditions_of(M, guidance, dtype, width=32):
+    c = torch.randn(M, width, generator=torch.Generator().manual_seed(5)).to(dtype)
+    return [c] if guidance == 1 else [c, c.flip(0)]
+
+
+def oracle_of(model, conditions, settings):
+    """The plain override of all rows in one batch: frame -> latent, as a tensor (M, C, H, W)."""
+    rows, keep = sample.plan_rows(len(conditions[0]), model.config.frames)
+    c = model.config
+    dtype = torch.promote_types(conditions[0].dtype, torch.float32)
+    x = sample.frame_noise(settings.seed, rows, (c.latent_channels, c.latent_size, c.latent_size)).to(dtype)
+    made = sample.sample_plain(model, x, rows, [k[torch.from_numpy(rows)] for k in conditions], settings, model.config.frames // 2)
+    return made[torch.from_numpy(keep)][torch.from_numpy(rows[keep]).argsort()]
 
 
 @pytest.mark.parametrize("T,B,anchor", [(4, 5, 2), (8, 3, 4), (2, 3, 1), (4, 1, 2)])
 def test_anchored_equals_the_oracle(T, B, anchor):
     """The bank, rows in chunks and in reverse order, against the plain override of all rows in one batch, float64."""
-    model = random_sdit(frames=T, depth=3, dtype=torch.float64)
-    x, c = torch.randn(B, T, 4, 8, 8).double(), torch.randn(B, T, 32).double()
-    oracle = sample.sample_plain(model, x, c, 6, anchor)
+    model, settings = random_sdit(frames=T, depth=3, dtype=torch.float64), sample.Settings(6)
+    x, c, frames = torch.randn(B, T, 4, 8, 8).double(), torch.randn(B, T, 32).double(), np.zeros((B, T), int)
+    oracle = sample.sample_plain(model, x, frames, [c], settings, anchor)
     own = [s for s in range(T) if s != anchor]
-    first, bank = sample.sample_first(model, x[:1], sdit.override(c, anchor)[:1], 6, anchor)
+    first, bank = sample.sample_first(model, x[:1], frames[:1], [c[:1]], settings, anchor)
     torch.testing.assert_close(first, oracle[:1], rtol=0, atol=1e-10)
     for chunk in (1, 2):
         for b in reversed(range(1, B, chunk)):
-            rest = sample.sample_rest(model, x[b:b + chunk][:, own], c[b:b + chunk][:, own], 6, anchor, bank)
-            torch.testing.assert_close(rest, oracle[b:b + chunk][:, own], rtol=0, atol=1e-10)
+            part = slice(b, b + chunk)
+            rest = sample.sample_rest(model, x[part][:, own], frames[part][:, own], [c[part][:, own]], settings, anchor, bank)
+            torch.testing.assert_close(rest, oracle[part][:, own], rtol=0, atol=1e-10)
     for b in range(1, B):                                                       # the control: without anchoring rows differ
-        alone = sample.sample_first(model, x[b:b + 1], c[b:b + 1], 6, anchor)[0]
+        alone = sample.sample_plain(model, x[b:b + 1], frames[b:b + 1], [c[b:b + 1]], settings, None)
         assert (alone[0, own] - oracle[b, own]).abs().max() > 1e-2
 
 
-def test_whole_video_equals_the_oracle_in_float64(monkeypatch):
-    """`sample_rows`: noise, conditioning and frames end up in the right places; --only gives the same frames."""
-    model, M = random_sdit(frames=4, dtype=torch.float64), 11
-    monkeypatch.setattr(sample, "CHUNK_TOKENS", 2 * 4 * model.config.tokens)
-    conditioning = torch.randn(M, 32).double()
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_whole_video_equals_the_oracle(sampler, guidance, monkeypatch):
+    """Noise, conditioning and frames end up in the right places, whatever the chunk, the share of a process, what is wanted, and what an
+    interrupted run left: 1e-10 in float64, 1e-5 of the spread in float32; bfloat16 is nearer to its oracle than that to float64."""
+    M, settings = 11, sample.Settings(5, sampler, guidance, seed=7)
+    model, conditions = random_sdit(dtype=torch.float64), conditions_of(11, guidance, torch.float64)
+    oracle = oracle_of(model, conditions, settings)
+    for size in (1, 3):
+        monkeypatch.setitem(sample.CHUNK_TOKENS, "cpu", size * 4 * model.config.tokens)
+        latent = sample.sample_video(model, conditions, settings)
+        torch.testing.assert_close(torch.stack([latent(f) for f in range(M)]), oracle, rtol=0, atol=1e-10)
     rows, keep = sample.plan_rows(M, 4)
-    latents = sample.sample_rows(model, rows, keep, set(range(M)), conditioning, 5, seed=7)
-    noise = sample.frame_noise(7, rows.ravel(), (4, 8, 8)).view(*rows.shape, 4, 8, 8)
-    oracle = sample.sample_plain(model, noise, conditioning[torch.from_numpy(rows)], 5, 2)
-    assert sorted(latents) == list(range(M))
-    for frame, value in zip(rows[keep], oracle[torch.from_numpy(keep)]):
-        torch.testing.assert_close(latents[frame], value, rtol=0, atol=1e-10)
-    part = sample.sample_rows(model, rows, keep, {0, 1}, conditioning, 5, seed=7)
-    assert {0, 1} <= set(part) and len(part) < M
-    for frame in part:
-        torch.testing.assert_close(part[frame], latents[frame], rtol=0, atol=1e-10)
+    finished = {}
+    for rank in reversed(range(3)):                                             # three processes, the last one first
+        sample.sample_video(model, conditions, settings, finished=finished, share=(rank, 3))
+    assert set(finished) == set(range(len(rows)))
+    del finished[1], finished[3]                                                # interrupted and continued
+    finished[2] = finished[2] + 1                                               # what is there already is not made again
+    latent = sample.sample_video(model, conditions, settings, finished=finished)
+    for b in range(len(rows)):
+        torch.testing.assert_close(finished[b], oracle[torch.from_numpy(rows[b][keep[b]])] + (b == 2), rtol=0, atol=1e-10)
+    part = {}
+    latent = sample.sample_video(model, conditions, settings, wanted=[1], finished=part)
+    torch.testing.assert_close(latent(1), oracle[1], rtol=0, atol=1e-10)
+    assert len(part) <= 2                                                       # the row that holds it, and row 0
+    errors = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        small, c = random_sdit(dtype=dtype), [k.to(dtype) for k in conditions]
+        latent = sample.sample_video(small, c, settings)
+        made = torch.stack([latent(f) for f in range(M)])
+        assert made.dtype is torch.float32
+        errors[dtype] = [(made - target).std() / oracle.std() for target in (oracle_of(small, c, settings), oracle)]
+    assert errors[torch.float32][0] < 1e-5 and errors[torch.bfloat16][0] < errors[torch.bfloat16][1]
+
+
+def test_guidance_keeps_its_branches_apart():
+    """Guidance 1 with a second branch is the first branch alone; at 0 the second; an anchor that leaks would show. All channels are guided."""
+    model, both = random_sdit(dtype=torch.float64), conditions_of(9, 2, torch.float64)
+    def make(conditions, guidance):
+        latent = sample.sample_video(model, conditions, sample.Settings(4, guidance=guidance))
+        return torch.stack([latent(f) for f in range(9)])
+    torch.testing.assert_close(make(both, 1.0), make(both[:1], 1.0))
+    torch.testing.assert_close(make(both, 0.0), make(both[1:], 1.0))
+    outputs = [torch.randn(2, 3, 8, 4, 4) for _ in range(2)]
+    output = sample.guided(outputs, 3.0)
+    torch.testing.assert_close(output[:, :, :4], outputs[1][:, :, :4] + 3 * (outputs[0] - outputs[1])[:, :, :4])
+    assert torch.equal(output[:, :, 4:], outputs[0][:, :, 4:])
+
+
+def test_multidiffusion_averages_windows_and_independent_shares_nothing():
+    windows = sample.plan_windows(11, 4)
+    assert windows.tolist() == [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7], [6, 7, 8, 9], [7, 8, 9, 10]]
+    assert sample.plan_windows(2, 4).tolist() == [[0, 1, 1, 1]] and sample.plan_windows(4, 4).tolist() == [[0, 1, 2, 3]]
+    model, conditions = random_sdit(dtype=torch.float64), conditions_of(11, 1, torch.float64)
+    settings = sample.Settings(3, method="multidiffusion", seed=7)
+    x = sample.frame_noise(7, range(11), (4, 8, 8))
+    alpha_bar = sdit.NoiseSchedule().alpha_bar
+    for t, after in settings.timesteps():                                       # frame by frame, in its own words
+        seen = [[] for _ in range(11)]
+        for window in windows:
+            output = model(x[window][None], torch.tensor([t]), conditions[0][window][None])[0, :, :4]
+            for f, noise in zip(window, output):
+                seen[f].append(noise)
+        noise = torch.stack([sum(s) / len(s) for s in seen])
+        clean = (x - (1 - alpha_bar[t]).sqrt() * noise) / alpha_bar[t].sqrt()
+        rest = alpha_bar[after] if after >= 0 else torch.tensor(1.0).double()
+        x = rest.sqrt() * clean + (1 - rest).sqrt() * noise
+    latent = sample.sample_video(model, conditions, settings)
+    torch.testing.assert_close(torch.stack([latent(f) for f in range(11)]), x)
+
+    rows, keep = sample.plan_rows(11, 4)
+    latent = sample.sample_video(model, conditions, sample.Settings(3, method="independent", seed=7))
+    for b, row in enumerate(rows):
+        alone = sample.sample_plain(model, sample.frame_noise(7, row, (4, 8, 8))[None], row[None], [conditions[0][row][None]], sample.Settings(3), None)
+        for f, z, k in zip(row, alone[0], keep[b]):
+            if k:
+                torch.testing.assert_close(latent(f), z)
 
 
 def test_the_bundled_example(tmp_path):
