@@ -39,7 +39,7 @@ CLIP = dict(embed_dim=128,
 AUTOENCODER_ROUNDS = [dict(steps=3500, lr=2e-3, kl=1e-4, expressive=0, smooth=0),         # the KL term alone brings all channels into use
                       dict(steps=800, lr=1e-3, kl=1e-6, expressive=4, smooth=0.25),
                       dict(steps=1500, lr=1.2e-3, kl=1e-6, expressive=4, smooth=1)]
-CLIP_STEPS, SDIT_STEPS = 800, 34000
+CLIP_STEPS, SDIT_STEPS = 800, 30000
 SOURCE_SEED, DRIVING_SEED, PAINTING_SEED = 1_000_003, 1_000_010, 2_000_000
 device = "cuda" if torch.cuda.is_available() else "cpu"
 autocast = torch.autocast(device, torch.bfloat16, enabled=sdit.has_bf16(device))

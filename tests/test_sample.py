@@ -6,6 +6,8 @@ import sys
 from fractions import Fraction
 
 import av
+import cv2
+import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch
 import data
 import sample
 import sdit
+import world
 from conftest import ROOT, random_sdit, write_video
 
 
@@ -268,3 +271,98 @@ def test_weights_that_the_model_was_not_trained_with_are_refused(tmp_path):
     (tmp_path / "autoencoder.safetensors").write_bytes((ROOT / "demo" / "autoencoder.safetensors").read_bytes())
     with pytest.raises(sdit.UserError, match="trained with autoencoder.safetensors .sha256 000000000000...., which is neither"):
         sample.reenact(ROOT / "demo" / "source.png", ROOT / "demo" / "driving.mp4", tmp_path / "o.mp4", tmp_path / "model.safetensors")
+
+
+def frames_of(path):
+    return np.stack(list(data.Video(path))).astype(int)
+
+
+def test_an_interrupted_run_goes_on(tmp_path, clip, monkeypatch):
+    """Killed before writing: rows stand in OUT.partial, the same command uses them, other settings do not; then the folder is gone."""
+    driving, models = write_video(tmp_path / "driving.mp4", clip[0]), sample.load_models()
+    sampled = []
+    def counting(model, rows, numbers, *rest, real=sample.sample_some):
+        sampled.append(list(numbers))
+        yield from real(model, rows, numbers, *rest)
+    def killed(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(sample, "sample_some", counting)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(sample, "write_frames", killed)
+        sample.reenact(driving=driving, out=tmp_path / "out.mp4", model=models, steps=1)
+    rows = sorted((tmp_path / "out.mp4.partial").iterdir())
+    assert len(rows) == 4 and not (tmp_path / "out.mp4").exists()               # 12 frames, T = 4
+    rows[2].unlink()
+    sample.reenact(driving=driving, out=tmp_path / "out.mp4", model=models, steps=1)
+    sample.reenact(driving=driving, out=tmp_path / "whole.mp4", model=models, steps=1)
+    assert sampled == [[0, 1, 2, 3], [2], [0, 1, 2, 3]] and not list(tmp_path.glob("*.partial"))
+    assert np.array_equal(frames_of(tmp_path / "out.mp4"), frames_of(tmp_path / "whole.mp4"))
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(sample, "write_frames", killed)
+        sample.reenact(driving=driving, out=tmp_path / "out.mp4", model=models, steps=1)
+    sample.reenact(driving=driving, out=tmp_path / "out.mp4", model=models, steps=1, seed=1)
+    assert sampled[-1] == [0, 1, 2, 3] and not np.array_equal(frames_of(tmp_path / "out.mp4"), frames_of(tmp_path / "whole.mp4"))
+
+
+def test_two_processes_make_what_one_makes(tmp_path, clip):
+    write_video(tmp_path / "driving.mp4", clip[0])
+    args = [ROOT / "sample.py", "--steps", "1", "--driving", tmp_path / "driving.mp4", "--out"]
+    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29561", *args, tmp_path / "two.mp4"],
+                         capture_output=True, text=True)
+    assert two.returncode == 0, two.stderr
+    sample.reenact(driving=tmp_path / "driving.mp4", out=tmp_path / "one.mp4", steps=1)
+    assert abs(frames_of(tmp_path / "one.mp4") - frames_of(tmp_path / "two.mp4")).max() <= 1 and two.stdout.count("two.mp4: 12 frames") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["driving.mp4", "one.mp4", "two.mp4"]
+
+
+def test_pairs_with_text_faces_and_bad_lines(tmp_path, clip, monkeypatch, capsys):
+    """Models once, one file a line; a bad line is reported and the rest goes on. A sentence in place of a picture; the face by number."""
+    small = np.stack([cv2.resize(f, (80, 80)) for f in clip[0]])
+    both = np.full((12, 144, 288, 3), 200, np.uint8)
+    both[:, 8:136, 8:136], both[:, 32:112, 176:256] = clip[0], small[:, ::1, ::-1]
+    write_video(tmp_path / "driving.mp4", both)
+    imageio.imwrite(tmp_path / "source.png", world.sample_clip(1_000_200, 1, 256)[0][0])
+    (tmp_path / "jobs.csv").write_text("source,driving,out,prompt\nsource.png,driving.mp4,made/a.mp4,\nnone.png,driving.mp4,b.mp4,\n"
+                                       ",driving.mp4,c.mp4,a person with red hair\nsource.png,driving.mp4,d.mp4,a person with red hair\n")
+    monkeypatch.setattr("sys.argv", ["sample.py", "--pairs", str(tmp_path / "jobs.csv"), "--steps", "1", "--only", "0:4"])
+    sdit.run_main(sample.main)
+    shown = capsys.readouterr()
+    assert "line 3: no such file" in shown.err and "3 of 4 written" in shown.out and "driving.mp4 shows 2 faces; number 0 by size" in shown.out
+    made = [frames_of(tmp_path / name) for name in ("made/a.mp4", "c.mp4", "d.mp4")]
+    assert all(abs(made[i] - made[j]).mean() > 1 for i, j in ((0, 1), (0, 2), (1, 2)))      # picture, sentence, both
+    options = dict(driving=tmp_path / "driving.mp4", source=tmp_path / "source.png", model=sample.load_models(), steps=1, only="0:4")
+    sample.reenact(out=tmp_path / "face.mp4", face=(1,), **options)
+    sample.reenact(out=tmp_path / "edit.mp4", edit="red hair -> black hair", **options)
+    sample.reenact(out=tmp_path / "shape.mp4", retarget=True, **options)
+    for name in ("face", "edit", "shape"):
+        assert abs(frames_of(tmp_path / f"{name}.mp4") - made[0]).mean() > 0.5
+    for wrong, message in ((dict(face=(2,)), "no face number 2 in .*driving.mp4, .* has 2"), (dict(edit="red hair"), "is not of the form"),
+                           (dict(source=None, prompt="a face", retarget=True), "give a --source"), (dict(sampler="euler"), "no sampler 'euler'"),
+                           (dict(sampler="ddim:2"), "no sampler"), (dict(method="best"), "no method")):
+        with pytest.raises(sdit.UserError, match=message):
+            sample.reenact(**options | dict(out=tmp_path / "x.mp4") | wrong)
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_retargeting_keeps_the_shape_and_takes_the_motion():
+    """Heads of known shape under known poses: only the jaw differs, only the mouth moves."""
+    rng = np.random.default_rng(0)
+    shape, jaw = rng.normal(size=(478, 3)), np.zeros((478, 3))
+    free = [i for i in range(478) if i not in sample.RIGID and i not in (13, 14, 10, 152, 33, 263)]
+    jaw[free[:200]] = rng.normal(size=(200, 3))
+    shape[14] = shape[13]                                                       # a closed mouth
+    shape[[33, 263, 10, 152]] = [-1, 0, 0], [1, 0, 0], [0, -1, 0], [0, 1, 0]
+    driving, expected = [], []
+    for m in range(6):
+        turn = np.linalg.qr(np.eye(3) + 0.3 * (m > 0) * rng.normal(size=(3, 3)))[0]
+        turn *= np.sign(np.diag(turn))                                          # near the identity, which frame 0 has
+        motion = np.zeros((478, 3))
+        motion[14, 1] = 0.1 * m
+        size, place = 1 + 0.2 * m, rng.normal(size=3)
+        driving.append(size * (shape + motion) @ turn.T + place)
+        expected.append(size * (shape + jaw + motion) @ turn.T + place)
+    assert sample.neutral_frame(np.stack(driving)) == 0
+    other = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    other *= np.linalg.det(other)
+    source = 40 * (shape + jaw) @ other.T + 100                                 # in pixels, turned
+    np.testing.assert_allclose(sample.retargeted(np.stack(driving), source), np.stack(expected), atol=1e-4)
