@@ -129,7 +129,7 @@ def through_autoencoder(models, images):
 
 
 def run_case(seed, a, models):
-    """Scores of generated, true, and true-through-the-autoencoder, and a sheet row of pictures."""
+    """Scores of generated (with each number of steps), true, and true-through-the-autoencoder, and a sheet row of pictures."""
     frames, landmarker = a.frames, models.landmarker
     face_a, face_b, motion = make_case(seed, frames, a.held_out)
     size, still = models.size, world.sample_motion(np.random.default_rng(UNSEEN + seed), 1)
@@ -141,9 +141,10 @@ def run_case(seed, a, models):
     true = np.stack([data.crop(im, tracked.square, size) for im in redraw(render_clip(face_a, motion, 256))])
     driving = np.stack([data.crop(im, tracked.square, size) for im in driving])
     masks = [] if a.painted else [regions(face_a, {k: v[i] for k, v in motion.items()}, tracked.square, size) for i in range(frames)]
-    made = reenact(models, source, tracked.landmarks, sample.Settings(a.steps, a.sampler, a.guidance, seed=seed))
-    scores = {name: score(im, true, tracked.landmarks, masks, face_a, landmarker)
-              for name, im in (("generated", made), ("autoencoder", through_autoencoder(models, true)), ("true", true))}
+    videos = {f"{steps} steps": reenact(models, source, tracked.landmarks, sample.Settings(steps, a.sampler, a.guidance, seed=seed)) for steps in a.steps}
+    made = videos[f"{a.steps[-1]} steps"]
+    videos |= {"autoencoder": through_autoencoder(models, true), "true": true}
+    scores = {name: score(im, true, tracked.landmarks, masks, face_a, landmarker) for name, im in videos.items()}
     shown = np.linspace(0, frames - 1, 8).astype(int)
     row = [np.concatenate([np.full_like(source, 255) if i else source, *im[shown]], 1) for i, im in enumerate((driving, true, made))]
     return scores, np.concatenate(row)
@@ -154,7 +155,7 @@ def main():
     ap.add_argument("--model", type=Path, default=DEMO / "sdit.safetensors")
     ap.add_argument("--n", type=int, default=50, help="clips")
     ap.add_argument("--frames", type=int, default=24)
-    ap.add_argument("--steps", type=int, default=50)
+    ap.add_argument("--steps", type=int, nargs="+", default=[50], help="denoising steps; several are compared")
     ap.add_argument("--sampler", default="ddim")
     ap.add_argument("--guidance", type=float, default=1.0)
     ap.add_argument("--held-out", action="store_true", help="sources with the triples of colours that no training saw")
@@ -167,10 +168,12 @@ def main():
         scores.append(one)
         sheet += [row] * (seed < 8)
     if a.sheet:
-        Image.fromarray(np.concatenate(sheet)).save(a.sheet)
+        half = (len(sheet) + 1) // 2
+        sheet += [np.full_like(sheet[0], 255)] * (2 * half - len(sheet))
+        Image.fromarray(np.concatenate([np.concatenate(sheet[:half]), np.concatenate(sheet[half:])], 1)).save(a.sheet)
     names = list(dict.fromkeys(k for s in scores for k in s["true"]))
     mean = {kind: {k: float(np.mean([s[kind][k] for s in scores if k in s[kind]])) for k in names} for kind in scores[0]}
-    print(f"{'':16}{'generated':>12}{'autoencoder':>12}{'true':>12}")
+    print(f"{'':16}" + "".join(f"{kind:>12}" for kind in mean))
     for k in names:
         print(f"{k:16}" + "".join(f"{mean[kind][k]:12.3f}" for kind in mean))
     settings = {k: v for k, v in vars(a).items() if k not in ("sheet", "model")}
