@@ -354,7 +354,7 @@ def pick_face(faces, number, name):
 def track(frames, landmarker, name, total=None, number=0):
     """Follow a face through `frames`, an iterable of (h, w, 3) uint8: of the first frame that has one, the largest, or face `number`."""
     points, last, faces = [], None, []
-    for image in tqdm(frames, "landmarks", total, unit="frame", leave=False, disable=total is None):
+    for image in tqdm(frames, "landmarks", total, unit="frame", leave=False, disable=True if total is None else None):
         if last is None:
             faces = list(landmarker.everyone(image))
             here = pick_face(faces, number, name) if faces else None

@@ -255,7 +255,7 @@ class Preview:
     @torch.no_grad()
     def __call__(self, model, path):
         conditioning = model.mapping(self.batch["scene"], self.batch["landmarks"])
-        made = sample.sample_plain(model, self.noise, None, [conditioning], sample.Settings(steps=20), None)    # (rows, T, C, H, W)
+        made = sample.sample_plain(model, self.noise, None, [conditioning], sample.Settings(20, "ddim"), None)    # (rows, T, C, H, W)
         strips = [data.to_images(self.autoencoder.decode(z)) for z in (self.batch["latents"], made)]
         picture = np.stack(strips, 1).swapaxes(2, 3)                            # (rows, 2, h, T, w, 3)
         picture = picture.reshape(-1, *picture.shape[2:])                       # (2 rows, h, T, w, 3)

@@ -209,8 +209,10 @@ def build_paintings():
 
 
 def build_sdit():
-    subprocess.run([sys.executable, DEMO.parent / "train.py", "--size", "demo", "--frames", "4",
-                    "--data", f"{BUILD / 'cache'}:0.9", f"{BUILD / 'painted-cache'}:0.1", "--out", BUILD / "sdit", "--steps", str(SDIT_STEPS), "--batch", "4", "--lr", "1.2e-3", "--ema", "0.9995"], check=True)
+    recipe = dict(size="demo", frames=4, steps=SDIT_STEPS, batch=4, lr=1.2e-3, ema=0.9995, out=BUILD / "sdit")
+    caches = [f"{BUILD / 'cache'}:0.9", f"{BUILD / 'painted-cache'}:0.1"]
+    subprocess.run([sys.executable, DEMO.parent / "train.py", "--data", *caches, *(str(x) for k, v in recipe.items() for x in (f"--{k}", v))],
+                   check=True)
 
 
 def build_shipped():
