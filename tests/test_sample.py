@@ -298,12 +298,12 @@ def test_an_interrupted_run_goes_on(tmp_path, clip, monkeypatch):
     sample.reenact(driving=driving, out=tmp_path / "whole.mp4", model=models, steps=1)
     assert sampled == [[0, 1, 2, 3], [2], [0, 1, 2, 3]] and not list(tmp_path.glob("*.partial"))
     continued, whole = (frames_of(tmp_path / f"{name}.mp4") for name in ("out", "whole"))
-    assert abs(continued - whole).mean() < 0.5 < abs(continued - whole[::-1]).mean()
+    assert 3 * abs(continued - whole).mean() < abs(continued - whole[::-1]).mean()   # one step leaves noise, which H.264 codes as it likes
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(sample, "write_frames", killed)
         sample.reenact(driving=driving, out=tmp_path / "out.mp4", model=models, steps=1)
     sample.reenact(driving=driving, out=tmp_path / "out.mp4", model=models, steps=1, seed=1)
-    assert sampled[-1] == [0, 1, 2, 3] and abs(frames_of(tmp_path / "out.mp4") - whole).mean() > 0.5
+    assert sampled[-1] == [0, 1, 2, 3] and abs(frames_of(tmp_path / "out.mp4") - whole).mean() > 3 * abs(continued - whole).mean()
 
 
 def test_two_processes_make_what_one_makes(tmp_path, clip):
@@ -314,7 +314,7 @@ def test_two_processes_make_what_one_makes(tmp_path, clip):
     assert two.returncode == 0, two.stderr
     sample.reenact(driving=tmp_path / "driving.mp4", out=tmp_path / "one.mp4", steps=1)
     one, both = (frames_of(tmp_path / f"{name}.mp4") for name in ("one", "two"))
-    assert abs(one - both).mean() < 0.5 < abs(one - both[::-1]).mean() and two.stdout.count("two.mp4: 12 frames") == 1
+    assert 3 * abs(one - both).mean() < abs(one - both[::-1]).mean() and two.stdout.count("two.mp4: 12 frames") == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["driving.mp4", "one.mp4", "two.mp4"]
 
 
