@@ -475,6 +475,7 @@ def reenact(source=None, driving=DEMO / "driving.mp4", out="reenacted.mp4", mode
     watch, paths = data.Stopwatch(), [Path(out), Path(out).with_name(f"{Path(out).stem}-compare.mp4")][:1 + compare]
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     settings, source = Settings(steps, sampler, guidance, method, seed), source if source or prompt else DEMO / "source.png"
+    driving_face, source_face = (*face, 0)[:2]
     if retarget and not source:
         raise UserError("--retarget needs the shape of a face; give a --source")
     for path in paths:
@@ -484,10 +485,10 @@ def reenact(source=None, driving=DEMO / "driving.mp4", out="reenacted.mp4", mode
     with watch("landmarks"):
         video = data.Video(driving)
         wanted = parse_only(only, len(video)) if only else range(len(video))
-        picture, shape, people = read_source(source, models.landmarker, models.size, (*face, 0)[1]) if source else (None, None, 0)
-        tracked = data.track(video, models.landmarker, driving, len(video), face[0])
+        picture, shape, people = read_source(source, models.landmarker, models.size, source_face) if source else (None, None, 0)
+        tracked = data.track(video, models.landmarker, driving, len(video), driving_face)
         landmarks = retargeted(tracked.landmarks, shape) if retarget else tracked.landmarks
-    for path, count, number in (driving, tracked.faces, face[0]), (source, people, (*face, 0)[1]):
+    for path, count, number in (driving, tracked.faces, driving_face), (source, people, source_face):
         if count > 1 and rank == 0:
             print(f"{path} shows {count} faces; number {number} by size is taken (--face)")
     missed = int((~tracked.found).sum())
