@@ -213,13 +213,17 @@ def sample_plain(model, x, frames, conditions, settings, anchor, progress=lambda
 @torch.no_grad()
 def sample_first(model, x, frames, conditions, settings, anchor, progress=lambda: None):
     """Row 0 (B = 1) through all steps. Returns its latents and the anchor bank: for every step and branch the keys and values of its
-    anchor, which is all that other rows need of it."""
+    anchor, which is all that other rows need of it. `model`: the SDiT, or an engine of export.py, which has all branches inside."""
     bank = []
 
     def evaluate(i, x, t):
-        outputs, anchor_kv = zip(*(call(model.forward_first, x, t, c, anchor) for c in conditions))
+        if not isinstance(model, sdit.SDiT):
+            output, anchor_kv = model.first(x, t, conditions, anchor, settings.guidance)
+        else:
+            outputs, anchor_kv = zip(*(call(model.forward_first, x, t, c, anchor) for c in conditions))
+            output = guided(outputs, settings.guidance)
         bank.append(anchor_kv)
-        return guided(outputs, settings.guidance)
+        return output
     return denoise(settings, x, frames, evaluate, progress), bank
 
 
@@ -228,6 +232,8 @@ def sample_rest(model, x, frames, conditions, settings, anchor, bank, progress=l
     """Any rows but row 0, without their anchor slots, x (B, T - 1, C, H, W); in any batch and order, with the same result as
     `sample_plain`. Each branch reads the anchor of its own."""
     def evaluate(i, x, t):
+        if not isinstance(model, sdit.SDiT):
+            return model.rest(x, t, conditions, anchor, settings.guidance, bank[i])
         return guided([call(model.forward_rest, x, t, c, anchor, kv) for c, kv in zip(conditions, bank[i])], settings.guidance)
     return denoise(settings, x, frames, evaluate, progress)
 
@@ -272,7 +278,7 @@ def sample_some(model, rows, numbers, conditions, settings, bar):
     """Sample the rows `numbers` of a video, a few at a time: yields (their numbers, slots, latents (B, slots, C, H, W))."""
     c, device = model.config, conditions[0].device
     shape, anchor = (c.latent_channels, c.latent_size, c.latent_size), c.frames // 2
-    size = max(1, CHUNK_TOKENS[device.type] // (c.tokens * c.frames))
+    size = min(getattr(model, "rows", math.inf), max(1, CHUNK_TOKENS[device.type] // (c.tokens * c.frames)))
     every, own = (np.flatnonzero(np.arange(rows.shape[1]) != s) for s in (-1, anchor))
 
     def inputs(chunk, slots):
@@ -401,6 +407,7 @@ class Models:
     landmarker: data.FaceLandmarker
     sha256: str
     device: torch.device
+    engine: object = None                          # of export.py, in place of the SDiT's layers
 
     @property
     def size(self):
@@ -408,14 +415,18 @@ class Models:
         return self.autoencoder.config.factor * self.sdit.config.latent_size
 
 
-def load_models(path=DEMO / "sdit.safetensors", device=None):
-    """Models for `reenact`, from the model file of train.py and the weights it names. The sDiT is in bfloat16 on a GPU."""
+def load_models(path=DEMO / "sdit.safetensors", device=None, engine=None):
+    """Models for `reenact`, from the model file of train.py and the weights it names; `engine`, a folder that export.py made of it. The sDiT
+    is in bfloat16 on a GPU."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = sdit.load_model(path, device)
     c = model.config
+    if engine:
+        from export import load_engine
+        engine = load_engine(engine, sdit.sha256(path), device)
     return Models(model.to(torch.bfloat16) if device.type == "cuda" and sdit.has_bf16("cuda") else model,
                   sdit.load_autoencoder(sdit.find_weights(c.autoencoder, c.autoencoder_sha256, path), device),
-                  data.SceneEncoder(sdit.find_weights(c.clip, c.clip_sha256, path), device), data.FaceLandmarker(), sdit.sha256(path), device)
+                  data.SceneEncoder(sdit.find_weights(c.clip, c.clip_sha256, path), device), data.FaceLandmarker(), sdit.sha256(path), device, engine)
 
 
 def read_source(path, landmarker, size, number):
@@ -464,7 +475,7 @@ def write_frames(paths, latent, wanted, autoencoder, driving, square, source, co
 
 def reenact(source=None, driving=DEMO / "driving.mp4", out="reenacted.mp4", model=DEMO / "sdit.safetensors", steps=Settings.steps, seed=0, only=None,
             compare=False, method="anchored", sampler=Settings.sampler, guidance=Settings.guidance, prompt=None,
-            edit=None, retarget=False, face=(0,), device=None):
+            edit=None, retarget=False, face=(0,), device=None, engine=None):
     """Write the video `out` of the face in `source` (picture or video), or of a sentence, `prompt`, or of both, moving like the one in
     `driving` (video).
 
@@ -481,7 +492,11 @@ def reenact(source=None, driving=DEMO / "driving.mp4", out="reenacted.mp4", mode
     for path in paths:
         data.check_output(path, *filter(None, (source, driving)))
     with watch("models"):
-        models = model if isinstance(model, Models) else load_models(model, device)
+        models = model if isinstance(model, Models) else load_models(model, device, engine)
+    if models.engine and method != "anchored":
+        raise UserError(f"an --engine samples by --method anchored, not {method}")
+    if models.engine and models.engine.groups == 1 and guidance != 1:
+        raise UserError(f"{models.engine.name} was exported without guidance; give --guidance 1, or export it with --groups 2")
     with watch("landmarks"):
         video = data.Video(driving)
         wanted = parse_only(only, len(video)) if only else range(len(video))
@@ -498,14 +513,15 @@ def reenact(source=None, driving=DEMO / "driving.mp4", out="reenacted.mp4", mode
         scene = make_scene(models, picture, prompt, edit)
     with watch("denoising"), torch.no_grad():
         conditions = make_conditions(models, scene, landmarks, settings.guidance)
-        asked = json.dumps(dict(dataclasses.asdict(settings), model=models.sha256), sort_keys=True)
+        settings_used = dict(dataclasses.asdict(settings), engine=models.engine and models.engine.name)
+        asked = json.dumps(dict(settings_used, model=models.sha256), sort_keys=True)
         key = hashlib.sha256(asked.encode() + b"".join(c.float().cpu().numpy().tobytes() for c in conditions)).hexdigest()[:16]
         finished = Partial(out, key)
-        latent = sample_video(models.sdit, conditions, settings, wanted, finished, (rank, world))
+        latent = sample_video(models.engine or models.sdit, conditions, settings, wanted, finished, (rank, world))
         if world > 1:
             dist.barrier()                                                      # until all rows are there
     if rank == 0:
-        about = dict(tool="anchored-diffusion", model=models.sha256[:16], **dataclasses.asdict(settings), prompt=prompt, edit=edit, retarget=retarget)
+        about = dict(tool="anchored-diffusion", model=models.sha256[:16], **settings_used, prompt=prompt, edit=edit, retarget=retarget)
         comment = "synthetic, AI-generated face video; " + json.dumps({k: v for k, v in about.items() if v is not None})
         write_frames(paths, latent, wanted, models.autoencoder, video, tracked.square, picture, comment, watch)
         finished.remove()
@@ -564,6 +580,7 @@ def arguments():
     ap.add_argument("--seed", type=int, default=0)
     ap.add_argument("--only", metavar="A:B", help="make only these frames of the driving video, as in 0:24")
     ap.add_argument("--compare", action="store_true", help="also write OUT-compare.mp4: source, driving, result side by side")
+    ap.add_argument("--engine", type=Path, help="folder made by export.py from the same model: sample with its graphs")
     ap.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
     return ap.parse_args()
 
@@ -579,10 +596,10 @@ def main():
     if a.model.resolve() == DEMO / "sdit.safetensors" and (a.pairs or not given <= bundled):
         print("note: the bundled demo model knows only rendered faces, and those roughly: the result is a face of that world, led by the "
               "driving person; for real faces train a model on real clips (README, Train) and pass it with --model")
-    options = {k: v for k, v in vars(a).items() if k not in ("pairs", "source", "driving", "out", "model", "device")}
+    options = {k: v for k, v in vars(a).items() if k not in ("pairs", "source", "driving", "out", "model", "device", "engine")}
     if not a.pairs:
-        reenact(a.source, a.driving, a.out, a.model, device=a.device, **options)
-    elif not reenact_pairs(a.pairs, load_models(a.model, a.device), **options):
+        reenact(a.source, a.driving, a.out, a.model, device=a.device, engine=a.engine, **options)
+    elif not reenact_pairs(a.pairs, load_models(a.model, a.device, a.engine), **options):
         raise UserError(f"no line of {a.pairs} could be done")
     if dist.is_initialized():
         dist.destroy_process_group()
