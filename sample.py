@@ -265,6 +265,8 @@ def sample_video(model, conditions, settings, wanted=None, finished=None, share=
     rows, keep = plan_rows(M, T) if method != "multidiffusion" else (np.arange(M)[None], np.ones((1, M), bool))
     finished, wanted = {} if finished is None else finished, set(range(M) if wanted is None else wanted)
     needed = [b for b in range(len(rows)) if wanted & set(rows[b][keep[b]].tolist())]
+    if share[0] == 0 and len(wanted) < M:
+        print(f"{len(wanted)} of {M} frames: {len(needed)} of {len(rows)} rows" + (", and row 0, which holds the anchor" if needed[0] else ""))
     mine = [b for b in needed[share[0]::share[1]] if b not in finished]
     with tqdm(total=settings.steps * len(mine), desc="denoising", unit="row-step", leave=False, disable=True if share[0] else None) as bar:
         for chunk, slots, x in sample_some(model, rows, mine, conditions, settings, bar) if mine else ():

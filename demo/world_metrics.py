@@ -9,7 +9,6 @@ autoencoder. The last line is JSON.
 """
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -18,7 +17,6 @@ sys.path[:0] = [str(DEMO.parent), str(DEMO)]
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
@@ -26,6 +24,7 @@ import data
 import sample
 import sdit
 import world
+from evaluate import correlation, motions, psnr, reenact, ssim
 
 COLOURS = {"hair": world.HAIR, "shirt": world.CLOTH, "back": world.CLOTH}
 UNSEEN = 1_000_000
@@ -60,40 +59,12 @@ def regions(face, controls, square, size):
     return found
 
 
-def measures(points):
-    """Motion of landmarks (M, 478, 3): dict of (M,) arrays; angles in radians, the rest in units of the eyes' distance."""
-    def gap(a, b, axes=2):
-        return np.linalg.norm(points[:, a, :axes] - points[:, b, :axes], axis=-1)
-    across, down = points[:, 263] - points[:, 33], points[:, 152] - points[:, 10]
-    unit = gap(33, 263, 3)
-    iris = (points[:, 468] + points[:, 473] - points[:, [33, 362]].mean(1) - points[:, [133, 263]].mean(1))[:, 0]
-    return dict(yaw=np.arctan2(across[:, 2], across[:, 0]), pitch=np.arctan2(down[:, 2], down[:, 1]),
-                roll=np.arctan2(across[:, 1], across[:, 0]), mouth=gap(13, 14) / unit, eyes=(gap(159, 145) + gap(386, 374)) / unit,
-                smile=gap(61, 291, 3) / unit - 0.3 * gap(13, 14) / unit, gaze=iris / unit)
-
-
 def nearest_colour(rgb, table):
     """Name of the colour of `table` nearest to rgb (3,), whatever the light: each may be shaded down to 0.5 or lit up to 1.15."""
     def distance(name):
         colour = np.array(table[name])
         return np.abs(rgb - colour * np.clip(rgb @ colour / (colour @ colour), 0.5, 1.15)).sum()
     return min(table, key=distance)
-
-
-def correlation(a, b):
-    a, b = a - a.mean(), b - b.mean()
-    return float((a * b).sum() / math.sqrt((a * a).sum() * (b * b).sum() + 1e-12))
-
-
-def ssim(a, b):
-    """Mean structural similarity of images (B, 3, h, w) in [-1, 1] (Wang et al. 2004: Gaussian window of 11, sigma 1.5)."""
-    line = torch.exp(-(torch.arange(11.) - 5) ** 2 / 4.5)
-    window = (line[:, None] * line / line.sum() ** 2).expand(3, 1, 11, 11)
-    blur = lambda x: F.conv2d(x, window, groups=3)
-    a, b = (a + 1) / 2, (b + 1) / 2
-    ma, mb = blur(a), blur(b)
-    va, vb, vab = blur(a * a) - ma ** 2, blur(b * b) - mb ** 2, blur(a * b) - ma * mb
-    return ((2 * ma * mb + 1e-4) * (2 * vab + 9e-4) / ((ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4))).mean().item()
 
 
 def score(images, true, driving, masks, face, landmarker):
@@ -103,7 +74,7 @@ def score(images, true, driving, masks, face, landmarker):
     result = dict(found=float(seen.mean()))
     if seen.sum() > 2:
         points = np.stack([p for p in found if p is not None]) / 256
-        here, there = measures(points), measures(driving[seen])
+        here, there = motions(points), motions(driving[seen])
         result |= {k: correlation(here[k], there[k]) for k in here}
         result["expressive_lmse"] = float(((256 * (points - driving[seen])[:, data.EXPRESSIVE]) ** 2).mean())
     for name, table in COLOURS.items():
@@ -111,16 +82,7 @@ def score(images, true, driving, masks, face, landmarker):
         if len(medians):
             result |= {f"{name}_right": float(nearest_colour(np.median(medians, 0), table) == face[name]), f"{name}_drift": float(medians.std(0).mean() * 255)}
     a, b = data.to_tensor(images), data.to_tensor(true)
-    result["psnr"] = 10 * math.log10(4 / max(F.mse_loss(a, b).item(), 1e-6))
-    return result | dict(ssim=ssim(a, b))
-
-
-@torch.no_grad()
-def reenact(models, source, landmarks, settings):
-    """source (h, w, 3) uint8 face crop, landmarks (M, 478, 3) -> (M, size, size, 3) uint8, by sample.py's own functions."""
-    conditions = sample.make_conditions(models, sample.make_scene(models, source, None, None), landmarks, settings.guidance)
-    latent = sample.sample_video(models.sdit, conditions, settings)
-    return data.to_images(models.autoencoder.decode(torch.stack([latent(f) for f in range(len(landmarks))])))
+    return result | dict(psnr=psnr(a, b), ssim=ssim(a, b))
 
 
 @torch.no_grad()

@@ -1,0 +1,262 @@
+"""The metrics against values known in closed form or from independent implementations; the protocols on a small world."""
+import contextlib
+import io
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_video
+from PIL import Image
+
+import evaluate
+import sdit
+import world
+from sdit import UserError
+
+
+def faces(M=6, seed=0):
+    """Landmarks of a made-up face that moves."""
+    rng = np.random.default_rng(seed)
+    return (0.5 + 0.2 * rng.standard_normal((478, 3)) + 0.05 * rng.standard_normal((M, 1, 3))).astype(np.float32)
+
+
+def test_lmse_of_a_known_shift():
+    points = faces()
+    assert evaluate.lmse(points, points) == 0
+    assert evaluate.lmse(points + np.float32([1, 2, 3]) / 256, points) == pytest.approx((1 + 4 + 9) / 3, rel=1e-3)
+    assert evaluate.lmse(points + np.float32([1, 2, 3]) / 256, points, axes=2) == pytest.approx((1 + 4) / 2, rel=1e-3)
+    lips = points.copy()
+    lips[:, evaluate.data.EXPRESSIVE, 0] += 1 / 256
+    assert len(evaluate.data.EXPRESSIVE) == 82
+    assert evaluate.lmse(lips, points, evaluate.data.EXPRESSIVE) == pytest.approx(1 / 3, rel=1e-3)
+    assert evaluate.lmse(lips, points) == pytest.approx(82 / 478 / 3, rel=1e-3)
+    lips[2] = np.nan                                                            # a frame that was missed
+    assert evaluate.lmse(lips, points, evaluate.data.EXPRESSIVE) == pytest.approx(1 / 3, rel=1e-3)
+    assert math.isnan(evaluate.lmse(np.full_like(points, np.nan), points))
+
+
+def test_laid_onto_takes_out_pose_and_size():
+    points, turn = faces(), world.rotation(20, 10, 5)
+    moved = 0.8 * points @ turn.T + np.float32([0.1, -0.2, 0.3])
+    assert evaluate.lmse(moved, points) > 100
+    assert evaluate.lmse(evaluate.laid_onto(moved, points), points) < 1e-3
+
+
+def test_csim_of_known_vectors():
+    angles = np.radians([0, 10, 40, 25])
+    made = np.stack([np.cos(angles), np.sin(angles)], 1)
+    assert evaluate.csim(np.array([1.0, 0]), made) == pytest.approx(math.cos(math.radians(40)))
+    driving = made[[0, 1, 3, 1]]
+    assert evaluate.self_csim(made, driving) == pytest.approx(math.cos(math.radians(25)) - math.cos(math.radians(40)))
+    assert evaluate.self_csim(made, made) == 0
+
+
+def test_frechet_distance_of_two_gaussians():
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2), here with diagonal covariances; samples are made to have them exactly."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((500, 4))
+    x -= x.mean(0)
+    x = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T                    # mean 0, covariance 1
+    a, b = x * [1, 2, 3, 4], x * [2, 2, 1, 5] + [1, 0, 0, 2]
+    assert evaluate.frechet(a, b) == pytest.approx(1 + 4 + 1 + 0 + 4 + 1, rel=1e-6)
+    assert evaluate.frechet(a, a) == pytest.approx(0, abs=1e-6)
+    assert abs(evaluate.kernel_distance(a[:250], a[250:])) < evaluate.kernel_distance(a, b)
+
+
+def test_ssim_and_psnr():
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert evaluate.ssim(x, x) == pytest.approx(1)
+    flat = torch.full_like(x, 0.0)                                              # 0.5 and 0.25 in 0..1: only the means differ
+    assert evaluate.ssim(flat, flat - 0.5) == pytest.approx((2 * 0.5 * 0.25 + 1e-4) / (0.5 ** 2 + 0.25 ** 2 + 1e-4), rel=1e-3)
+    assert evaluate.psnr(flat, flat + 0.2) == pytest.approx(20, rel=1e-4)       # 0.1 of the range
+
+
+def test_clustering_indices_of_made_up_clusters():
+    """Two clusters on the unit circle; the indices by their formulae."""
+    angles = np.radians([0, 10, 90, 100])
+    x, y = np.stack([np.cos(angles), np.sin(angles)], 1), np.array([0, 0, 1, 1])
+    centres = [x[:2].mean(0), x[2:].mean(0)]
+    spread = [np.linalg.norm(x[2 * i:2 * i + 2] - centres[i], axis=1) for i in (0, 1)]
+    apart = np.linalg.norm(centres[0] - centres[1])
+    db, ch = evaluate.clustering(3 * x, y)                                      # vectors are made unit vectors
+    assert db == pytest.approx((spread[0].mean() + spread[1].mean()) / apart)
+    between = sum(2 * np.sum((c - x.mean(0)) ** 2) for c in centres)
+    assert ch == pytest.approx(between / (sum((s ** 2).sum() for s in spread) / 2))
+
+
+@pytest.mark.parametrize("kind", ["centre", "ArcFace", "focal"])
+def test_heads_learn_and_their_losses_are_as_published(kind):
+    torch.manual_seed(0)
+    y = torch.arange(4).repeat(50)
+    x = torch.randn(4, 16)[y] + 0.1 * torch.randn(200, 16)
+    head = evaluate.Head(16, 4)
+    with torch.no_grad():
+        h = head.hidden(x)
+        logits = h @ head.classes.T
+        if kind == "centre":
+            expected = torch.nn.functional.cross_entropy(logits, y) + 0.003 * (h ** 2).sum(1).mean()                # centres start at 0
+        elif kind == "focal":
+            p = logits.softmax(1)[range(200), y]
+            expected = ((1 - p) ** 2 * -p.log()).mean()
+        else:
+            cosine = logits / h.norm(dim=1, keepdim=True) / head.classes.norm(dim=1)
+            cosine[range(200), y] = torch.cos(torch.acos(cosine[range(200), y]) + 0.5)
+            expected = torch.nn.functional.cross_entropy(30 * cosine, y)
+    assert head.loss(x, y, kind).item() == pytest.approx(expected.item(), rel=1e-4)
+    made = evaluate.train_head(x, y, kind, 0, epochs=60)(x).detach().numpy()
+    assert evaluate.clustering(made, y.numpy())[0] < evaluate.clustering(torch.randn(200, 16).numpy(), y.numpy())[0] / 5
+
+
+def test_hyperiqa_has_the_published_names_and_shapes():
+    net = evaluate.HyperIQA().eval()
+    shapes = {k: list(v.shape) for k, v in net.state_dict().items()}
+    expected = json.loads((Path(__file__).parent / "hyperiqa_keys.json").read_text())
+    assert shapes == expected
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    first, again = evaluate.hyperiqa(net, images[:1]), evaluate.hyperiqa(net, images)
+    assert again.shape == (2,) and again[0] == pytest.approx(first[0], abs=1e-4)
+
+
+def test_arcface_points_fit_the_template(clip, landmarker):
+    """The five points of a face, laid onto the template by a similarity, are within a few of its 112 pixels."""
+    points = evaluate.arcface_points(landmarker.landmarks(clip[0][0]))
+    warp = evaluate.similarity(points, evaluate.ARCFACE_TEMPLATE)
+    turn = np.array([[0.6, -0.8], [0.8, 0.6]])
+    assert np.allclose(evaluate.similarity(points, 2 * points @ turn.T + [3, 4]), np.c_[2 * turn, [3, 4]])
+    error = np.linalg.norm(points @ warp[:, :2].T + warp[:, 2] - evaluate.ARCFACE_TEMPLATE, axis=1)
+    assert error.mean() < 8
+
+
+def test_deal_gives_every_frame_one_place():
+    for M in (1, 2, 5, 12, 24, 25):
+        for T in (3, 4, 8):
+            for how in ("strided", "contiguous", "random"):
+                rows, keep = evaluate.deal(M, T, how, seed=M)
+                assert sorted(rows[keep]) == list(range(M))
+                assert (np.diff(rows, axis=1) >= 0).all() and (rows[:, T // 2] == rows[0, T // 2]).all()
+    rows, keep = evaluate.deal(13, 4, "contiguous")
+    assert rows[:, :2].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]] and rows[:, 3].tolist() == [9, 10, 11, 12]
+
+
+def test_bootstrap():
+    mean, half = evaluate.bootstrap(np.random.default_rng(0).standard_normal(400))
+    assert abs(mean) < 0.15 and half == pytest.approx(1.96 / 20, rel=0.15)
+
+
+@pytest.fixture(scope="module")
+def small_world(tmp_path_factory):
+    """OUT with three rendered pairs of 12 frames."""
+    out = tmp_path_factory.mktemp("evaluation")
+    rng = np.random.default_rng(3)
+    lines = []
+    for folder in ("clips", "pictures", "truth"):
+        (out / "world" / folder).mkdir(parents=True)
+    for i in range(3):
+        a, b, motion = world.sample_face(rng), world.sample_face(rng), world.sample_motion(rng, 12)
+        for folder, face in (("clips", b), ("truth", a)):
+            frames = np.stack([world.render(face, {k: v[f] for k, v in motion.items()}, 128) for f in range(12)])
+            write_video(out / "world" / folder / f"{i}.mp4", frames)
+        Image.fromarray(world.render(a, {k: v[0] for k, v in motion.items()}, 128)).save(out / "world" / "pictures" / f"{i}.png")
+        lines.append(dict(source=f"pictures/{i}.png", driving=f"clips/{i}.mp4", out=f"out/{i}.mp4"))
+    evaluate.write_pairs(out / "world" / "pairs.csv", lines)
+    return out
+
+
+def run(out, command, *rest):
+    """(exit code, stderr) of the command line, in this process."""
+    errors, before = io.StringIO(), sys.argv
+    sys.argv = ["evaluate.py", command, "--out", str(out), "--steps", "1", *map(str, rest)]
+    try:
+        with contextlib.redirect_stderr(errors):
+            sdit.run_main(evaluate.main)
+        return 0, errors.getvalue()
+    except SystemExit as e:
+        return e.code, errors.getvalue()
+    finally:
+        sys.argv = before
+
+
+def result(out, name):
+    about = json.loads((out / f"{name}.json").read_text())
+    lines = [line.strip("| ").split(" | ") for line in about["markdown"].splitlines() if line.startswith("|")]
+    return about, {line[0]: line[1:] for line in lines}
+
+
+def test_cross_by_the_model_and_by_given_videos(small_world):
+    assert run(small_world, "cross", "--frames", 4)[0] == 0
+    about, table = result(small_world, "cross")
+    assert {"LMSE", "CSIM", "PSNR against the truth, dB"} <= set(table) and "Self-CSIM" not in table and "FID" not in table
+    assert all(name in about["markdown"] for name in ("weights-inception", "i3d_torchscript.pt", "koniq_pretrained.pkl"))
+    assert about["settings"]["frames"] == 4 and about["model"] and about["versions"]["torch"]
+    began = sorted(p.stat().st_mtime_ns for p in (small_world / "cache").rglob("*.safetensors"))
+    assert run(small_world, "cross", "--frames", 4)[0] == 0             # nothing is measured twice
+    assert sorted(p.stat().st_mtime_ns for p in (small_world / "cache").rglob("*.safetensors")) == began
+
+
+def test_perfect_videos_have_perfect_values_and_bad_ones_are_named(small_world, tmp_path):
+    given, clips = tmp_path / "given", small_world / "world" / "clips"
+    shutil.copytree(clips, given)
+    assert run(small_world, "same", "--clips", clips, "--videos", given, "--frames", 4)[0] == 0
+    _, table = result(small_world, "same")
+    assert table["LMSE"][0] == "0.0 ± 0.0" and table["Self-CSIM"][0] == "0.000 ± 0.000" and table["yaw: correlation"][0] == "1.00 ± 0.00"
+    assert table["SSIM"][0] == "1.00 ± 0.00" and table["Fréchet distance, CLIP features"][0] in ("0.000", "-0.000")
+    (given / "0.mp4").write_text("not a video")
+    write_video(given / "1.mp4", np.zeros((5, 128, 128, 3), np.uint8))
+    code, errors = run(small_world, "same", "--clips", clips, "--videos", given, "--frames", 4, "--seed", 1)
+    assert code == 1 and "left out: 0: " in errors and "left out: 1: " in errors and "5 frames, the driving video 12" in errors
+    (given / "2.mp4").unlink()
+    code, errors = run(small_world, "same", "--clips", clips, "--videos", given, "--frames", 4, "--seed", 2)
+    assert code == 2 and "nothing could be measured" in errors
+
+
+def test_lmse_orders_qualities(small_world, tmp_path):
+    """Re-encodings of a clip, worse and worse, are further and further from it."""
+    import data
+    frames, errors = np.stack(list(data.Video(small_world / "world" / "clips" / "0.mp4"))), []
+    landmarker = data.FaceLandmarker()
+    true = evaluate.find_landmarks(landmarker, frames)
+    for noise in (2, 10, 40):
+        noisy = (frames + np.random.default_rng(0).normal(0, noise, frames.shape)).clip(0, 255).astype(np.uint8)
+        errors.append(evaluate.lmse(evaluate.find_landmarks(landmarker, noisy), true))
+    assert errors == sorted(errors) and errors[0] > 0
+
+
+def test_missing_and_wrong_weights(tmp_path):
+    nets = evaluate.load_nets(tmp_path)
+    assert all("fetch https://" in reason for reason in nets.values())
+    (tmp_path / "koniq_pretrained.pkl").write_bytes(b"torn")
+    with pytest.raises(UserError, match="not the published file"):
+        evaluate.find_weights("koniq_pretrained.pkl", tmp_path)
+
+
+def test_report_and_pairs(small_world, tmp_path):
+    code, _ = run(tmp_path, "pairs", small_world / "world" / "clips", small_world / "world" / "pictures", "--n", 2)
+    assert code == 0 and len(evaluate.read_pairs(tmp_path / "pairs.csv")) == 2
+    assert all(Path(p).exists() for _, driving, source, _ in evaluate.read_pairs(tmp_path / "pairs.csv") for p in (driving, source))
+    assert run(tmp_path, "report")[0] == 2
+    (tmp_path / "cross.json").write_text(json.dumps(dict(name="cross", markdown="**A table**", picture=None, model="0" * 64)))
+    assert run(tmp_path, "report")[0] == 0 and "**A table**" in (tmp_path / "report.md").read_text()
+    assert run(tmp_path, "same", "--clips", tmp_path / "none")[0] == 2
+
+
+def test_denoisers_with_less_see_less(tmp_path):
+    """A condition that is not given changes nothing; the others do."""
+    torch.manual_seed(0)
+    model = sdit.SDiT(sdit.SDiTConfig(name="test", depth=1, width=32, heads=2, frames=1, latent_channels=2, latent_size=4, scene_width=8))
+    for m in (*model.blocks, model.final_layer):
+        torch.nn.init.normal_(m.adaLN_modulation[1].weight, std=0.2)
+    torch.nn.init.xavier_uniform_(model.final_layer.linear.weight)
+
+    def rows(seed):
+        g = torch.Generator().manual_seed(0)
+        latents = torch.randn(1, 2, 4, 4, generator=g)
+        h = torch.Generator().manual_seed(seed)
+        return [dict(latents=latents, landmarks=torch.randn(1, 478, 3, generator=h), scene=torch.randn(8, generator=h), mask=torch.zeros(1, 4, 4))] * 2
+    for name, signals in evaluate.SIGNALS.items():
+        a, b = (evaluate.denoising_errors(model, rows(seed), signals, [100, 900], 0, 2) for seed in (1, 2))
+        assert (a == b).all() == (name == "none") and a.shape == (2, 2)
