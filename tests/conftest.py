@@ -63,3 +63,6 @@ def clip():
 @pytest.fixture(scope="session")
 def landmarker():
     return data.FaceLandmarker()
+
+
+pytest_plugins = ["films"]

@@ -1,0 +1,50 @@
+"""Curation that was killed, and curation by several ranks, make what an undisturbed run makes."""
+import json
+import os
+import signal
+import subprocess
+import time
+
+from films import run, tree
+from test_curate import arguments
+
+import curate
+
+
+def test_killed_and_restarted_it_makes_the_same(videos, curated, tmp_path):
+    for seconds in (9, 13):
+        process = subprocess.Popen(run(videos, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert subprocess.run(run(videos, tmp_path), capture_output=True).returncode == 0
+    assert tree(tmp_path) == tree(curated)
+
+
+def test_four_ranks_make_what_one_makes(videos, curated, tmp_path, monkeypatch):
+    a = arguments(tmp_path)
+    monkeypatch.setattr(curate.concurrent.futures, "ProcessPoolExecutor", Here)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank in (2, 0, 3, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        curate.run_stage("detect", curate.list_sources(videos), a)
+    for path in (curated / "detect").iterdir():
+        assert json.loads((tmp_path / "detect" / path.name).read_text())["candidates"] == json.loads(path.read_text())["candidates"]
+
+
+class Here:
+    """A pool that works in this process."""
+
+    def __init__(self, *_):
+        pass
+
+    def submit(self, function, *given):
+        future = curate.concurrent.futures.Future()
+        try:
+            future.set_result(function(*given))
+        except Exception as e:
+            future.set_exception(e)
+        return future
+
+    def shutdown(self):
+        pass
