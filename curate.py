@@ -395,8 +395,8 @@ def write(source, a, candidates):
     """Write the clips of a video: square, `--size` pixels, H.264. Every candidate gets its name, or what was dropped its reason."""
     dropped = set(a.drop.read_text().split()) if a.drop else set()
     folder, writers, result = a.out / split_of(source.identity, a.test), {}, []
-    for c in candidates:
-        name = f"{source.key}-{c['start']:06d}"
+    for i, c in enumerate(candidates):
+        name = f"{source.key}-{i:04d}"
         on_list = dropped & {name, source.path.stem, source.path.name, source.identity}
         c = dict(c, reason=c["reason"] or ("on the drop list" if on_list else None))
         if c["reason"] is None:

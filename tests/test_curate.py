@@ -45,7 +45,7 @@ def test_every_clip_and_every_rejection(curated):
 
 def test_clips_are_square_and_framed(curated, landmarker):
     lines = [line for line in data.read_lines([curated / "manifest.jsonl"]) if line["reason"] is None]
-    assert len(lines) == 7 and {line["split"] for line in lines} == {"train", "test"}
+    assert len(lines) == len({line["clip"] for line in lines}) == len(list(curated.glob("t*/*.mp4"))) == 7 and {line["split"] for line in lines} == {"train", "test"}
     for line in lines:
         video = data.Video(curated / line["clip"])
         assert len(video) == line["end"] - line["start"]
