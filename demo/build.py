@@ -39,7 +39,8 @@ CLIP = dict(embed_dim=128,
 AUTOENCODER_ROUNDS = [dict(steps=3500, lr=2e-3, kl=1e-4, expressive=0, smooth=0),         # the KL term alone brings all channels into use
                       dict(steps=800, lr=1e-3, kl=1e-6, expressive=4, smooth=0.25),
                       dict(steps=1500, lr=1.2e-3, kl=1e-6, expressive=4, smooth=1)]
-CLIP_STEPS, SDIT_STEPS = 800, 30000
+CLIP_STEPS = 800
+SDIT_ROUNDS = [dict(steps=30000, lr=1.2e-3), dict(steps=26000, lr=5e-4), dict(steps=16000, lr=4e-4)]     # each a cosine of its own, from the weights of the one before
 SOURCE_SEED, DRIVING_SEED, PAINTING_SEED = 1_000_003, 1_000_010, 2_000_000
 device = "cuda" if torch.cuda.is_available() else "cpu"
 autocast = torch.autocast(device, torch.bfloat16, enabled=sdit.has_bf16(device))
@@ -208,18 +209,26 @@ def build_paintings():
                     "--autoencoder", BUILD / "autoencoder.safetensors", "--clip", BUILD / "clip.safetensors"], check=True)
 
 
+def sdit_round(number):
+    """Folder of a round's run; the states and the model of the last one are what is shipped."""
+    return BUILD / ("sdit" if number == 1 else f"sdit-{number}")
+
+
 def build_sdit():
-    recipe = dict(size="demo", frames=4, steps=SDIT_STEPS, batch=4, lr=1.2e-3, ema=0.9995, out=BUILD / "sdit")
-    caches = [f"{BUILD / 'cache'}:0.9", f"{BUILD / 'painted-cache'}:0.1"]
-    subprocess.run([sys.executable, DEMO.parent / "train.py", "--data", *caches, *(str(x) for k, v in recipe.items() for x in (f"--{k}", v))],
-                   check=True)
+    for number, r in enumerate(SDIT_ROUNDS, 1):
+        recipe = dict(size="demo", frames=4, batch=4, ema=0.9995, out=sdit_round(number), **r)
+        if number > 1:
+            recipe["init"] = sdit_round(number - 1) / "model.safetensors"
+        caches = [f"{BUILD / 'cache'}:0.9", f"{BUILD / 'painted-cache'}:0.1"]
+        subprocess.run([sys.executable, DEMO.parent / "train.py", "--data", *caches, *(str(x) for k, v in recipe.items() for x in (f"--{k}", v))],
+                       check=True)
 
 
 def build_shipped():
     """Half-precision copies of the models, and one source picture and driving clip of unseen faces, into demo/."""
     for name in ("autoencoder", "clip"):
         (DEMO / f"{name}.safetensors").write_bytes((BUILD / f"{name}.safetensors").read_bytes())
-    sdit.save_model(DEMO / "sdit.safetensors", sdit.load_model(BUILD / "sdit" / "model.safetensors"), torch.float16)
+    sdit.save_model(DEMO / "sdit.safetensors", sdit.load_model(sdit_round(len(SDIT_ROUNDS)) / "model.safetensors"), torch.float16)
     imageio.imwrite(DEMO / "source.png", world.sample_clip(SOURCE_SEED, 1, 256)[0][0])
     imageio.imwrite(DEMO / "driving.mp4", world.sample_clip(DRIVING_SEED, 48, 256)[0], fps=24, codec="libx264", plugin="pyav")
 
@@ -239,7 +248,7 @@ def build_strip():
 PARTS = {"clips": (build_clips, "clips/done"), "autoencoder": (build_autoencoder, "autoencoder.safetensors"),
          "clip": (build_clip, "clip.safetensors"), "cache": (build_cache, "cache/index.json"),
          "paintings": (build_paintings, "painted-cache/index.json"),
-         "sdit": (build_sdit, f"sdit/state-{SDIT_STEPS:08d}.pt"), "shipped": (build_shipped, None), "strip": (build_strip, None)}
+         "sdit": (build_sdit, sdit_round(len(SDIT_ROUNDS)) / f"state-{SDIT_ROUNDS[-1]['steps']:08d}.pt"), "shipped": (build_shipped, None), "strip": (build_strip, None)}
 
 
 def main():
