@@ -16,6 +16,7 @@ table with the reason; a clip that cannot be measured is named, the others go on
 import argparse
 import csv
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -286,6 +287,12 @@ def cut(path, tracked, like, frames, size):
     return np.stack(crops)
 
 
+@functools.lru_cache(256)
+def track(path, landmarker):
+    """`data.track` of a video file; every method and length asks again."""
+    return data.track(data.Video(path), landmarker, path)
+
+
 def named(folder, name):
     """The video of a clip in a folder of results."""
     found = sorted(p for p in Path(folder).glob(f"{name}.*") if p.suffix.lower() in data.VIDEOS)
@@ -300,7 +307,7 @@ def read_case(path, a, models, number, M, source=None, truth=None, given=None):
     video = data.Video(path)
     if len(video) <= M:
         raise UserError(f"{path} has {len(video)} frames, too few for {M} and a source")
-    tracked = data.track(video, models.landmarker, path)
+    tracked = track(path, models.landmarker)
     first = int(np.random.default_rng([a.seed, number]).integers(0, len(video) - M + 1))
     chosen = np.arange(first, first + M)
     furthest = 0 if first > len(video) - first - M else len(video) - 1
@@ -623,7 +630,7 @@ def scenes(a, models, frames=64):
 
     def measure(number, name):
         video = data.Video(paths[name])
-        tracked = data.track(video, models.landmarker, paths[name])
+        tracked = track(paths[name], models.landmarker)
         chosen = np.linspace(0, len(video) - 1, frames).round().astype(int)     # a short video repeats frames
         crops = cut(paths[name], tracked, video, np.unique(chosen), PIXELS if arcface else models.size)
         with torch.no_grad():
