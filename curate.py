@@ -143,6 +143,10 @@ def search(a):
 # ----------------------------------------------------------------------------------------------------------------------
 # detect: shots, tracks of faces, one fixed square a clip
 
+# A clip's ends, in `detect`: (1) shots, by cuts and dissolves; (2) tracks of faces, by SAMPLES looks a second; (3) each track stretched to just
+# short of the looks around it (`limits`); (4) listed times, if there are any; (5) `pieces`: trimmed to frames with landmarks, split evenly
+# above LONGEST, halved while the face leaves its square. The square is the median face at its share of the paper's framing, pushed into the
+# picture.
 CUT, JUMP, DISSOLVE = 25, 8, 20                    # mean differences of thumbnails, of 255
 
 
@@ -159,7 +163,7 @@ def transitions(thumbs):
 
 
 def dissolves(x, cuts):
-    """[(end, begin)] of the dissolves between frames x (M, 24, 24, 3), none of them over one of `cuts`. In the middle of a dissolve a frame is
+    """[(end of a shot, begin of the next)] of the dissolves between frames x (M, 24, 24, 3), none of them over one of `cuts`. In the middle of a dissolve a frame is
     the mean of those before and after, as hardly ever in motion; its ends are where the mixture, extrapolated, is 0 and 1."""
     found = []
     for reach in (4, 8, 16):
@@ -245,7 +249,8 @@ def scan(video, spans, landmarker):
 
 
 def limits(track, others, shots, every, M):
-    """(first, end) frames that a track may cover: as far as its shot and the next looks reach, not into a track that goes on from it."""
+    """(first, end) frames that a track may cover. It is known at looks only, `every` frames apart: it is stretched by less than that each way,
+    not beyond its shot; where another track takes over the same face, to that one's first look, or from its own."""
     first, last = min(track), max(track)
     begin, end = next((b, e) for b, e in shots if b <= first < e)
     begin = begin if first - begin < every else first - every + 1
@@ -267,9 +272,9 @@ def look_closer(video, wanted, landmarker):
                 box = track[min(track, key=lambda g: abs(g - f))]
                 side = 1.6 * max(box[2] - box[0], box[3] - box[1])
                 square = (round((box[0] + box[2] - side) / 2), round((box[1] + box[3] - side) / 2), round(side))
-                here = landmarker.landmarks(image, square)
-                if here is not None and overlap(mesh_box(here), box) > 0.2:
-                    found[f - first] = here
+                mesh = landmarker.landmarks(image, square)
+                if mesh is not None and overlap(mesh_box(mesh), box) > 0.2:
+                    found[f - first] = mesh
     return points
 
 
@@ -290,8 +295,8 @@ def pieces(first, points, others, shape, fps, a):
     first, points = first + found[0], points[found[0]:found[-1] + 1]
     seen, here = ~np.isnan(points[:, 0, 0]), dict(start=int(first), end=int(first + len(points)), square=None, face=None)
     seconds = len(points) / fps
-    if seconds <= a.least:
-        return [here | dict(reason=f"face for {a.least:g} s or less")]
+    if seconds <= a.min_seconds:
+        return [here | dict(reason=f"face for {a.min_seconds:g} s or less")]
     if seconds > LONGEST:
         parts = np.array_split(np.arange(len(points)), math.ceil(seconds / LONGEST))
         return [c for part in parts for c in pieces(first + part[0], points[part], others, shape, fps, a)]
@@ -307,7 +312,7 @@ def pieces(first, points, others, shape, fps, a):
         return [here | dict(reason=f"square smaller than {a.min_side} pixels")]
     if (boxes[:, :2].min(0) < (x, y)).any() or (boxes[:, 2:].max(0) > (x + side, y + side)).any():
         half = len(points) // 2
-        if half / fps > a.least:
+        if half / fps > a.min_seconds:
             return [c for k in (slice(0, half), slice(half, None)) for c in pieces(first + (k.start or 0), points[k], others, shape, fps, a)]
         return [here | dict(reason="face moves out of its square")]
     inside = [any(overlap(box, (x, y, x + side, y + side)) > 0.02 for box in others.get(f, ())) for f in range(here["start"], here["end"]) if f in others]
@@ -375,11 +380,11 @@ def validate(source, a, candidates):
     result = []
     for c, v in zip(candidates, vectors):
         c = dict(c)
-        for name, least in (("clip", a.min_clip), ("arcface", a.min_arcface)):
+        for name, threshold in (("clip", a.min_clip), ("arcface", a.min_arcface)):
             if v[name]:
                 c[f"{name}_cosine"] = round(float(min(np.stack(v[name]) @ v[name][0])), 4)
-                if c["reason"] is None and c[f"{name}_cosine"] < least:
-                    c["reason"] = f"{'CLIP' if name == 'clip' else 'ArcFace'} cosine to the first frame below {least:g}"
+                if c["reason"] is None and c[f"{name}_cosine"] < threshold:
+                    c["reason"] = f"{'CLIP' if name == 'clip' else 'ArcFace'} cosine to the first frame below {threshold:g}"
         if v["hyperiqa"]:
             c["hyperiqa"] = round(float(np.mean(v["hyperiqa"])), 2)
         result.append(c)
@@ -440,7 +445,7 @@ def get_net(name, folder):
     return getattr(evaluate, f"load_{name}")(folder) if folder else None
 
 
-STAGES = dict(detect=(detect, ("least", "min_side")), validate=(validate, ("clip", "min_clip", "arcface", "min_arcface", "hyperiqa")),
+STAGES = dict(detect=(detect, ("min_seconds", "min_side")), validate=(validate, ("clip", "min_clip", "arcface", "min_arcface", "hyperiqa")),
               write=(write, ("size", "test", "drop")))
 
 
@@ -531,13 +536,13 @@ def histogram(a):
     import matplotlib.pyplot as plt
     every = [c for _, found in list_done(a, "validate") for c in found["candidates"]]
     figure, ax = plt.subplots(figsize=(6, 4))
-    for name, least in (("clip", a.min_clip), ("arcface", a.min_arcface)):
+    for name, threshold in (("clip", a.min_clip), ("arcface", a.min_arcface)):
         values = [c[f"{name}_cosine"] for c in every if f"{name}_cosine" in c]
         if values:
             ax.hist(values, 40, alpha=0.6, label=name)
-            ax.axvline(least, linestyle="--", color="black")
+            ax.axvline(threshold, linestyle="--", color="black")
             low = np.percentile(values, [1, 5, 25, 50])
-            print(f"{name}: percentiles 1, 5, 25, 50 of the smallest cosine: {', '.join(f'{v:.3f}' for v in low)}; threshold {least:g}")
+            print(f"{name}: percentiles 1, 5, 25, 50 of the smallest cosine: {', '.join(f'{v:.3f}' for v in low)}; threshold {threshold:g}")
     ax.set(xlabel="smallest cosine to the first frame", ylabel="candidates")
     ax.legend()
     figure.savefig(a.out / "histogram.png", dpi=120, bbox_inches="tight")
@@ -571,7 +576,7 @@ def arguments():
     ap.add_argument("--out", type=Path, default=Path("clips"))
     ap.add_argument("--top", type=int, default=20, help="of `search`: videos a query (the paper's 20)")
     ap.add_argument("--min-side", type=int, default=400, help="pixels of a clip's square at least (the paper: faces of 400, which cannot be the face's own box)")
-    ap.add_argument("--least", type=float, default=2.0, help="seconds that a clip is longer than")
+    ap.add_argument("--min-seconds", type=float, default=2.0, help="seconds that a clip is longer than")
     ap.add_argument("--clip", default=DEMO / "clip.safetensors", help="CLIP of `validate`: a file, or ViT-L-14, the paper's")
     ap.add_argument("--min-clip", type=float, default=0.75, help="smallest CLIP cosine to the first frame; see histogram.png")
     ap.add_argument("--arcface", type=Path, help="folder with w600k_r50.onnx (weights for research only): ArcFace too")

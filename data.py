@@ -621,7 +621,7 @@ class Rows(torch.utils.data.Dataset):
         return shard, clip, first, end
 
     def _clip(self, n):
-        """The clip of row n: every cache is gone through in a new random order each epoch."""
+        """The clip of row n: a cache is gone through in a new random order each epoch; of several mixed, each gives its share of the rows."""
         cache = np.random.default_rng([self.seed, 2, n]).choice(len(self.shares), p=self.shares) if len(self.shares) > 1 else 0
         clips = self.ranges[cache]
         epoch, i = divmod(n, len(clips))

@@ -40,8 +40,8 @@ from sdit import UserError
 DEMO = Path(__file__).resolve().parent / "demo"
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The graphs. G guidance groups (1, or 2: conditional and unconditional) are an axis of their own, so that no group reads the anchor of
-# another. Rows are the only axis left open. Inside, frames are x (frames, N, D) with conditioning c (frames, D)
+# The graphs. G guidance groups (1, or 2: conditional and unconditional; sample.py's branches) are an axis of their own, so that no group
+# reads the anchor of another. Rows are the only axis left open. Inside, frames are x (frames, N, D) with conditioning c (frames, D)
 
 
 def norm(x):
@@ -145,7 +145,7 @@ class Override(Graph):
         return self.guide(self.final(x.flatten(0, 2), c).unflatten(0, (-1, G, T)), guidance)
 
 
-class Plain(Override):
+class Unanchored(Override):
     """No anchoring at all, to compare with."""
 
     def override(self, x, anchor):
@@ -168,9 +168,9 @@ class Packed(Graph):
         def attention(qkv):
             q, k, v = self.heads(qkv[:G])                                       # (G, heads, N, d)
             kept.append(torch.stack([k, v]))
-            rest = self.heads(qkv[G:G * T].reshape(G, -1, qkv.shape[-1]))       # row 0, which the anchor reads
-            first = merge(attend(q, *(torch.cat(pair, 2) for pair in zip((k, v), rest[1:]))))
-            return torch.cat([first, self.read(qkv[G:], kept[-1])])
+            row_0 = self.heads(qkv[G:G * T].reshape(G, -1, qkv.shape[-1]))      # its other frames, which the anchor reads too
+            anchors = merge(attend(q, *(torch.cat(pair, 2) for pair in zip((k, v), row_0[1:]))))
+            return torch.cat([anchors, self.read(qkv[G:], kept[-1])])
 
         x, c = pack(self.embed(latents, self.slots)), pack(self.condition(timesteps, conditioning))
         for block in self.blocks:
@@ -194,7 +194,7 @@ class Rest(Graph):
         return self.guide(self.final(x, c).unflatten(0, (-1, self.groups, self.config.frames - 1)), guidance)
 
 
-FORMS = dict(plain=Plain, override=Override, packed=Packed, rest=Rest)
+FORMS = dict(unanchored=Unanchored, override=Override, packed=Packed, rest=Rest)
 PRECISIONS = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
 
@@ -394,7 +394,7 @@ class Engine:
     rest_runner: callable
 
     def _run(self, runner, x, t, conditions, anchor, guidance, **rest):
-        c = torch.stack((list(conditions) * self.groups)[:self.groups], 1)                              # (B, G, T, D)
+        c = torch.stack((list(conditions) * self.groups)[:self.groups], 1)      # (B, G, T, D); without guidance one branch fills both groups
         scalars = dict(anchor=torch.tensor(anchor, device=x.device), guidance=torch.tensor(guidance, device=x.device))
         return runner(dict(latents=x, timesteps=torch.full((len(x),), t, device=x.device), conditioning=c, **scalars, **rest))
 
@@ -440,7 +440,7 @@ TOLERANCE = dict(fp32=1e-5, fp16=5e-3, bf16=3e-2)  # relative L2 error against t
 def reference(model, form, inputs):
     """What a graph must return, by the SDiT itself, one guidance group at a time."""
     x, t, c, anchor, guidance = (inputs[k] for k in ("latents", "timesteps", "conditioning", "anchor", "guidance"))
-    slot, groups = None if form == "plain" else anchor.item(), range(c.shape[1])
+    slot, groups = None if form == "unanchored" else anchor.item(), range(c.shape[1])
     if form == "rest":
         outputs = [model.forward_rest(x, t, c[:, g], slot, inputs["anchor_kv"][:, :, g:g + 1]) for g in groups]
     else:
@@ -470,7 +470,7 @@ def verify(model, form, groups, run, most_rows=5):
         expected = reference(model, form, inputs)
         errors += [relative_error(a, b) for a, b in zip(run(inputs), expected, strict=True)]
         if rows > 1 and form in ("override", "packed"):
-            control.append(relative_error(reference(model, "plain", inputs)[0], expected[0]))
+            control.append(relative_error(reference(model, "unanchored", inputs)[0], expected[0]))
     return max(errors), min(control, default=None)
 
 
@@ -601,7 +601,7 @@ def peak_memory(run, device):
 def bench_runners(model, a, device, folder):
     """{(backend, form): runner or the reason why there is none}."""
     runners, dtype = {}, PRECISIONS[a.precision]
-    for form in ("plain", "override", "packed"):
+    for form in ("unanchored", "override", "packed"):
         graph = build_graph(model, form, a.precision, a.groups).to(device)
         runners["eager", form] = functools.partial(run_module, graph, dtype)
         runners["compiled", form] = functools.partial(run_module, torch.compile(graph), dtype)
@@ -651,10 +651,10 @@ def report(model, a, device, seconds, memory, missing, repeat):
     hardware = f"{name}, {torch.get_num_threads()} threads"
     found, base = versions("torch", "onnxruntime-gpu", "onnxruntime", "tensorrt"), seconds["eager", "override"]
     print(f"{model.config.name}, T = {model.config.frames}, {a.rows[0]} rows, {a.groups} guidance group(s), {a.precision}; {hardware}; {found}; "
-          f"median of {repeat}\n\n| | plain | override | packed | peak memory, packed |\n|---|---|---|---|---|")
+          f"median of {repeat}\n\n| | unanchored | override | packed | peak memory, packed |\n|---|---|---|---|---|")
     for backend in dict.fromkeys(b for b, _ in seconds):
         cells = [f"{seconds[backend, f] * 1e3:,.1f} ms ({seconds[backend, f] / base:.2f})" if (backend, f) in seconds else "-"
-                 for f in ("plain", "override", "packed")]
+                 for f in ("unanchored", "override", "packed")]
         held = memory.get((backend, "packed"))
         print(f"| {backend} | {' | '.join(cells)} | {'-' if held is None else f'{held:,.0f} MiB'} |")
     for reason in dict.fromkeys(f"{backend}: {reason}" for (backend, _), reason in missing.items()):

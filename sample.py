@@ -46,7 +46,8 @@ def plan_rows(M, T, anchor=None):
     rows holds frame numbers. Slot T // 2 is the anchor in every row; frames before it in time lie in the slots before,
     frames after it in those after, in order of time, dealt strided: rows look like training sequences, sorted and wide. The
     anchor is the frame that needs the fewest rows, among those the most central, then the earlier; or the frame given. (The
-    paper says "the central frame" and leaves dealing open; where T is even the exact centre can cost more rows.)
+    paper says "the central frame" and leaves dealing open; where T is even the exact centre can cost more rows.) `anchor` is a frame's
+    number here; everywhere else it is the slot, T // 2.
     keep marks each frame's one place in the result; elsewhere stand the anchor of rows 1.. and repetitions that fill slots."""
     slot = T // 2                                                               # of the anchor in every row
 
@@ -169,7 +170,8 @@ SAMPLERS = {"ddpm": (ddpm, True), "dpm++": (dpm_plus, False)}
 
 def denoise(settings, x, frames, evaluate, progress, anchor=None):
     """From noise x (..., C, H, W), one latent for each of `frames`, to clean latents. evaluate(i, x, t) is the model's output at step i
-    and timestep t. With `anchor`, a slot, x is overridden at the start and after every step (Alg. 1, step 3)."""
+    and timestep t. With `anchor`, a slot, x is overridden at the start and after every step (Alg. 1, step 3): for `sample_plain`; with the
+    bank there is nothing to override."""
     alpha_bar, state, (update, stochastic) = NoiseSchedule().alpha_bar, None, settings.update()
     x = sdit.override(x, anchor)
     for i, (t, after) in enumerate(settings.timesteps()):
@@ -201,10 +203,8 @@ def call(function, x, t, c, *rest):
 @torch.no_grad()
 def sample_plain(model, x, frames, conditions, settings, anchor, progress=lambda: None):
     """The paper's rule: all rows x (B, T, C, H, W) in one batch, the anchor overridden at the start, in every layer (`SDiT.forward`) and
-    after every step (Alg. 1, step 3). Memory grows with the video; kept as the definition, and as what the tests compare with.
-    Without an anchor rows are independent."""
-    conditions = [sdit.override(c, anchor) for c in conditions]
-
+    after every step (Alg. 1, step 3). Memory grows with the video; kept as the definition, and as what the tests compare with (the "oracle").
+    With anchor None nothing is shared: rows are independent."""
     def evaluate(i, x, t):
         return guided([call(model, x, t, c, anchor) for c in conditions], settings.guidance)
     return denoise(settings, x, frames, evaluate, progress, anchor)
@@ -213,7 +213,8 @@ def sample_plain(model, x, frames, conditions, settings, anchor, progress=lambda
 @torch.no_grad()
 def sample_first(model, x, frames, conditions, settings, anchor, progress=lambda: None):
     """Row 0 (B = 1) through all steps. Returns its latents and the anchor bank: for every step and branch the keys and values of its
-    anchor, which is all that other rows need of it. `model`: the SDiT, or an engine of export.py, which has all branches inside."""
+    anchor, which is all that other rows need of it. `model`: the SDiT, whose bank has a tensor for every branch, or an
+    engine of export.py, which has all branches inside, and one tensor."""
     bank = []
 
     def evaluate(i, x, t):

@@ -218,8 +218,8 @@ class Mapping(nn.Module):
 
     The landmarks come in at unit scale, by mean and spread over the training set (buffers that train.py fills, and the
     model file keeps): else they are nearly constant numbers between 0 and 1, and the ten times smaller learning rate of
-    this network (paper 4.1) barely sees them move. The scene, a unit vector, comes in times SCENE_GAIN sqrt(S), louder,
-    since 1434 numbers of landmarks stand beside its S. The null vectors live behind this scaling."""
+    this network (paper 4.1) barely sees them move. The scene, a unit vector, is multiplied by SCENE_GAIN sqrt(S): its S
+    numbers must be heard beside the 1434 of the landmarks. The null vectors stand for scaled ones."""
 
     SCENE_GAIN = 3                                 # in short trainings of the demo the scene was used sooner than at 1 or 6
 
@@ -309,9 +309,10 @@ class SDiT(nn.Module):
         """One denoising evaluation, and the definition of anchoring.
 
         latents (B, T, C, H, W), timesteps (B,) integers in 0..999, conditioning (B, T, D) from `self.mapping`. With
-        `anchor`, a slot, the anchor's tokens and conditioning in rows 1.. are overridden by those of row 0 after the
-        input embedding and after every block (Eq. 3; 3.2: "in all layers throughout the model architecture").
-        Returns (B, T, 2C, H, W): the noise, then v, from which `NoiseSchedule.log_variance` makes the learned sigma."""
+        `anchor`, a slot, rows 1.. take row 0's conditioning of that slot, once, and row 0's tokens of it after the input
+        embedding and after every block (Eq. 3; 3.2: "in all layers throughout the model architecture").
+        Returns (B, T, 2C, H, W): the noise, then v in about -1..1, the learned sigma: trained by `train.variational_bound`
+        (see `NoiseSchedule.log_variance`), read in sampling by `sample.ddpm` alone."""
         c = override(self.t_embedder(timesteps)[:, None] + conditioning, anchor)       # (B, T, D)
         x = override(self.embed(latents, range(latents.shape[1])), anchor)             # (B, T, N, D)
         for block in self.blocks:

@@ -69,7 +69,7 @@ def write_rotated(path, frames):
 
 
 def run(videos, out, *rest):
-    return [sys.executable, ROOT / "curate.py", "run", videos, "--out", out, "--least", "1", "--min-side", "120", "--min-clip", "0.3", "--size", "128",
+    return [sys.executable, ROOT / "curate.py", "run", videos, "--out", out, "--min-seconds", "1", "--min-side", "120", "--min-clip", "0.3", "--size", "128",
             "--test", "0.5", *rest]
 
 

@@ -20,7 +20,7 @@ from sdit import UserError
 
 
 def arguments(out, **rest):
-    return argparse.Namespace(**dict(dict(command="run", out=out, least=1.0, min_side=120, clip=ROOT / "demo" / "clip.safetensors", min_clip=0.3, arcface=None,
+    return argparse.Namespace(**dict(dict(command="run", out=out, min_seconds=1.0, min_side=120, clip=ROOT / "demo" / "clip.safetensors", min_clip=0.3, arcface=None,
                                           min_arcface=0.4, hyperiqa=None, size=128, test=0.5, drop=None, top=20, source=None), **rest))
 
 
@@ -77,7 +77,7 @@ def test_a_drop_list_takes_clips_away(curated, tmp_path):
     shutil.copytree(curated, out)
     before = [p.name for p in out.rglob("*.mp4")]
     (tmp_path / "drop.txt").write_text("two.mp4\n")
-    done = subprocess.run([sys.executable, ROOT / "curate.py", "write", "--out", out, "--least", "1", "--min-side", "120", "--min-clip", "0.3", "--size", "128",
+    done = subprocess.run([sys.executable, ROOT / "curate.py", "write", "--out", out, "--min-seconds", "1", "--min-side", "120", "--min-clip", "0.3", "--size", "128",
                            "--test", "0.5", "--drop", tmp_path / "drop.txt"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in out.rglob("*.mp4")) == sorted(n for n in before if not n.startswith("two-"))

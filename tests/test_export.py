@@ -89,12 +89,12 @@ def test_packed_equals_override(model, onnx_graph):
 
 
 def test_a_missing_override_would_be_seen(model, onnx_graph):
-    plain = export.build_graph(model, "plain")
+    unanchored = export.build_graph(model, "unanchored")
     for form in ("override", "packed"):
         run = runner(model, "onnx", onnx_graph(form, "fp32"), form)
         for inputs in cases(model, form):
             if len(inputs["latents"]) > 1:
-                assert export.relative_error(export.run_module(plain, torch.float32, inputs)[0], run(inputs)[0]) > 1e-2
+                assert export.relative_error(export.run_module(unanchored, torch.float32, inputs)[0], run(inputs)[0]) > 1e-2
 
 
 def test_groups_read_their_own_anchor(model):
@@ -228,7 +228,7 @@ def test_what_does_not_fit_is_refused(model, engine, tmp_path, monkeypatch):
 
 def test_a_wrong_graph_is_found(model, tmp_path):
     """The comparison that every export goes through fails on a graph without the override."""
-    path = export.write_torchscript(export.build_graph(model, "plain"), "override", tmp_path)
+    path = export.write_torchscript(export.build_graph(model, "unanchored"), "override", tmp_path)
     with pytest.raises(UserError, match="differs from the model"):
         export.check(model, "torchscript", path, "override", "fp32", 2, CPU, [4, 8])
 
