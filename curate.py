@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -81,19 +81,24 @@ def vfhq(path):
     return video, ((int(first) + 1) / fps, int(last) / fps, [box[0] / w, box[1] / h, box[2] / w, box[3] / h])
 
 
-def list_sources(folder):
-    """The sources in a folder tree, in order of name."""
+def list_sources(folder, out):
+    """The sources in a folder tree, in order of name; not what was written to `out`. The identity of a video is the first folder that it lies
+    in, or itself."""
     if not Path(folder).is_dir():
         raise UserError(f"no such folder: {folder}")
-    files = sorted(Path(folder).rglob("*"))
+    written = [(out / split).absolute() for split in ("train", "test")]
+    files = [p for p in sorted(Path(folder).rglob("*")) if not p.name.startswith(".") and not any(w in p.absolute().parents for w in written)]
     videos = [p for p in files if p.suffix.lower() in data.VIDEOS]
     spans = {}
     for path in files:
-        if path.name == "celebvhq_info.json":
-            spans |= celebvhq(path)
-        elif path.suffix == ".txt" and path.name.startswith("Clip+"):
-            video, span = vfhq(path)
-            spans.setdefault(video, []).append(span)
+        try:
+            if path.name == "celebvhq_info.json":
+                spans |= celebvhq(path)
+            elif path.suffix == ".txt" and path.name.startswith("Clip+"):
+                video, span = vfhq(path)
+                spans.setdefault(video, []).append(span)
+        except (ValueError, KeyError, AttributeError, TypeError, UnicodeDecodeError) as e:
+            raise UserError(f"{path} is not the list that its name says ({type(e).__name__}: {e}); fetch it again or rename it") from None
     sources = []
     for path in videos:
         fields = path.stem.split("-") if re.fullmatch(r"\d\d(-\d\d){6}", path.stem) else None
@@ -112,7 +117,7 @@ def list_sources(folder):
 # ----------------------------------------------------------------------------------------------------------------------
 # search: the paper's first step, by yt-dlp as a program
 
-REFUSALS = ("429", "not a bot", "403", "rate-limit", "rate limit")
+REFUSALS = ("HTTP Error 429", "not a bot", "rate-limit", "rate limit")
 
 
 def search(a):
@@ -125,19 +130,24 @@ def search(a):
     queries = [line.strip() for line in a.source.read_text().splitlines() if line.strip() and not line.startswith("#")]
     a.out.mkdir(parents=True, exist_ok=True)
     log = a.out / "search.jsonl"
-    done = {line["query"] for line in data.read_lines([log])} if log.exists() else set()
+    done = {line["query"] for line in data.read_lines([log]) if line["done"]} if log.exists() else set()
+    fetched = lambda: len((a.out / "archive.txt").read_text().splitlines()) if (a.out / "archive.txt").exists() else 0
     for query in tqdm([q for q in queries if q not in done], "queries", disable=None):
         target = [query, "-I", f"1:{a.top}"] if "://" in query else [f"ytsearch{a.top}:{query}"]
+        before = fetched()
         run = subprocess.run([program, *target, "--match-filters", "height>=?720 & !is_live & duration<3600",
                               "-f", "bv*[height>=720][height<=1080][vcodec^=avc1]+ba/bv*[height>=720]+ba",
-                              "--download-archive", a.out / "archive.txt", "-c", "--write-info-json", "-t", "sleep", "--retry-sleep", "exp=1:120",
+                              "--download-archive", a.out / "archive.txt", "-c", "--write-info-json", "--no-write-playlist-metafiles", "-t", "sleep", "--retry-sleep", "exp=1:120",
                               "-o", a.out / "videos" / "%(id)s.%(ext)s"], capture_output=True, text=True)
         refused = run.returncode and any(word in run.stderr for word in REFUSALS)
         if refused:
             raise UserError(f"the site refuses ({run.stderr.strip().splitlines()[-1]}); wait some hours, then give the same command: it goes on at {query!r}")
-        with open(log, "a") as f:                                               # single videos that are gone do not stop a query
-            f.write(json.dumps(dict(query=query, code=run.returncode, last=run.stderr.strip().splitlines()[-1:])) + "\n")
-    print(f"{len(list((a.out / 'videos').glob('*.info.json')))} videos in {a.out / 'videos'}; next: python curate.py run {a.out / 'videos'} --out {a.out}")
+        done_now = run.returncode == 0 or fetched() > before                    # single videos that are gone do not stop a query; no network does
+        with open(log, "a") as f:
+            f.write(json.dumps(dict(query=query, done=done_now, code=run.returncode, last=run.stderr.strip().splitlines()[-1:])) + "\n")
+        if not done_now:
+            print(f"nothing came of {query!r} ({''.join(run.stderr.strip().splitlines()[-1:])}); the same command tries it again", file=sys.stderr)
+    print(f"{sum(p.suffix in data.VIDEOS for p in (a.out / 'videos').glob('*'))} videos in {a.out / 'videos'}; next: python curate.py run {a.out / 'videos'} --out {a.out}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -150,9 +160,19 @@ def search(a):
 CUT, JUMP, DISSOLVE = 25, 8, 20                    # mean differences of thumbnails, of 255
 
 
-def transitions(thumbs):
-    """Where shots end, of thumbnails (M, 24, 24, 3) uint8: [(end, begin)], frame numbers; a cut has both equal, a dissolve lies between."""
-    x = thumbs.astype(np.float32)
+def transitions(thumbs, chunk=4096, margin=64):
+    """Where shots end, of thumbnails (M, 24, 24, 3) uint8: [(end, begin)], frame numbers; a cut has both equal, a dissolve lies between. Long
+    films are gone through in pieces, each with a margin."""
+    found = []
+    for first in range(0, len(thumbs), chunk):
+        start = max(0, first - margin)
+        some = shots_end(thumbs[start:first + chunk + margin].astype(np.float32))
+        found += [(start + end, start + begin) for end, begin in some if first <= start + end < first + chunk]
+    return found
+
+
+def shots_end(x):
+    """`transitions` of a piece, float."""
     step = np.abs(np.diff(x, axis=0)).mean((1, 2, 3))                           # (M - 1,), between frames i and i + 1
     found = []
     for i, d in enumerate(step):
@@ -204,11 +224,16 @@ def mesh_box(points):
 
 
 def key_frames_have_a_face(path, landmarker, most=12):
-    """Whether any of some key frames shows one: most videos without faces are dropped for the price of these."""
+    """Whether any of some key frames, spread over the video, shows one: most videos without faces are dropped for the price of these."""
     with data.open_video(path) as container:
         container.streams.video[0].codec_context.skip_frame = "NONKEY"
-        frames = [f for i, f in zip(range(20 * most), container.decode(video=0)) if i % 4 == 0 or i < 4]
-        return any(next(landmarker.everyone(data.upright(f)), None) is not None for f in frames[:most])
+        for i in range(most if container.duration else 1):
+            if container.duration:
+                container.seek(int(container.duration * i / most))
+            frame = next(container.decode(video=0), None)
+            if frame is not None and next(landmarker.everyone(data.upright(frame)), None) is not None:
+                return True
+        return not container.duration                                           # a stream that cannot be sought in is looked at in full
 
 
 def link(samples, stops):
@@ -327,7 +352,7 @@ def detect(source, a):
     """Candidates of a video."""
     landmarker = get_landmarker()
     video = data.Video(source.path)
-    if not key_frames_have_a_face(source.path, landmarker):
+    if source.spans is None and not key_frames_have_a_face(source.path, landmarker):
         return [dict(start=0, end=len(video), reason="no face in its key frames")]
     thumbs, samples, shape = scan(video, source.spans, landmarker)
     M, every, found = len(thumbs), max(1, round(video.fps / SAMPLES)), transitions(thumbs)
@@ -355,6 +380,8 @@ def detect(source, a):
 
 def crops(source, candidates, size=None, every=None):
     """Yield (candidate number, frame, crop) in one pass over a video, of every frame or of some a second."""
+    if all(c["reason"] for c in candidates):
+        return
     video = data.Video(source.path)
     step = max(1, round(video.fps / every)) if every else 1
     for f, image in enumerate(video):
@@ -398,18 +425,19 @@ def split_of(identity, share):
 
 def write(source, a, candidates):
     """Write the clips of a video: square, `--size` pixels, H.264. Every candidate gets its name, or what was dropped its reason."""
-    dropped = set(a.drop.read_text().split()) if a.drop else set()
+    dropped = read_drop(a.out)
     folder, writers, result = a.out / split_of(source.identity, a.test), {}, []
     for i, c in enumerate(candidates):
         name = f"{source.key}-{i:04d}"
-        on_list = dropped & {name, source.path.stem, source.path.name, source.identity}
+        clip = f"{folder.name}/{name}.mp4"
+        on_list = dropped & {name, f"{name}.mp4", clip, source.name, source.path.stem, source.path.name, source.identity}
         c = dict(c, reason=c["reason"] or ("on the drop list" if on_list else None))
-        if c["reason"] is None:
-            c["clip"] = f"{folder.name}/{name}.mp4"
-        else:
-            for split in ("train", "test"):
-                (a.out / split / f"{name}.mp4").unlink(missing_ok=True)
-        result.append(c)
+        result.append(c | (dict(clip=clip) if c["reason"] is None else {}))
+    keep = {c.get("clip") for c in result}
+    for split in ("train", "test"):                                             # of other settings, or of a run that was killed
+        for path in (*(a.out / split).glob(f"{source.key}-*.mp4"), *(a.out / split).glob(f".{source.key}-*")):
+            if f"{split}/{path.name}" not in keep:
+                path.unlink(missing_ok=True)
     try:
         for i, f, image in crops(source, result, a.size):
             if i not in writers:
@@ -435,7 +463,8 @@ def get_landmarker():
 
 @functools.cache
 def get_encoder(path):
-    return data.SceneEncoder(sdit.fetch(path), "cuda" if torch.cuda.is_available() else "cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    return data.SceneEncoder(sdit.fetch(path), f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
 
 
 @functools.cache
@@ -446,16 +475,25 @@ def get_net(name, folder):
 
 
 STAGES = dict(detect=(detect, ("min_seconds", "min_side")), validate=(validate, ("clip", "min_clip", "arcface", "min_arcface", "hyperiqa")),
-              write=(write, ("size", "test", "drop")))
+              write=(write, ("size", "test")))
 
 
-def settings_key(a, stage):
-    """What the files of a stage depend on."""
-    names = list(STAGES)[:list(STAGES).index(stage) + 1]
-    values = {k: str(getattr(a, k)) for name in names for k in STAGES[name][1]}
-    if a.drop and stage == "write":
-        values["drop"] = sdit.sha256(a.drop)
-    return values
+def read_drop(out):
+    """What OUT/drop.txt asks to leave out; it grows by every --drop and is never forgotten."""
+    path = out / "drop.txt"
+    return {line.strip() for line in path.read_text().splitlines() if line.strip()} if path.exists() else set()
+
+
+def stage_key(a, stage, source):
+    """What the file of a stage and a video depends on: settings, and the video or the candidates of the stage before."""
+    names = list(STAGES)
+    values = {k: str(getattr(a, k)) for k in STAGES[stage][1]}
+    if stage == "detect":
+        stat = source.path.stat()
+        return values | dict(size=stat.st_size, modified=stat.st_mtime_ns, spans=source.spans)
+    before = read_stage(a.out / names[names.index(stage) - 1] / f"{source.key}.json") or {}
+    values["before"] = zlib.crc32(json.dumps(before.get("candidates")).encode())
+    return values | (dict(drop=sorted(read_drop(a.out))) if stage == "write" else {})
 
 
 def read_stage(path):
@@ -476,36 +514,55 @@ def work(stage, source, a):
     return STAGES[stage][0](source, a, *(i["candidates"] for i in inputs))
 
 
+def attempt(pool, stage, source, a):
+    """(candidates, final): the result of one stage on one video in another process. What the video itself is to blame for is final, and so is
+    a process that dies of it twice; what may be the machine's fault (memory, disk) is tried again by the next run."""
+    for last in (False, True):
+        try:
+            return pool().submit(work, stage, source, a).result(), True
+        except concurrent.futures.process.BrokenProcessPool:
+            pool(new=True)
+        except UserError as e:
+            return [dict(start=0, end=0, reason=str(e).replace(str(source.path), source.path.name))], True
+        except Exception as e:                                                  # whatever goes wrong with a video, the rest goes on
+            return [dict(start=0, end=0, reason=f"{type(e).__name__}: {e}")], False
+    return [dict(start=0, end=0, reason="crashed the decoder")], True
+
+
+class Pool:
+    """One worker process, made when it is first needed, and anew on request."""
+
+    executor = None
+
+    def __call__(self, new=False):
+        if new or self.executor is None:
+            self.executor = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        return self.executor
+
+
 def run_stage(stage, sources, a):
-    """One stage over this rank's share of the sources. What a video raises, and a process that dies of it, becomes its reason."""
+    """One stage over this rank's share of the sources."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     (a.out / stage).mkdir(parents=True, exist_ok=True)
-    key, counts, pool, frames, began = settings_key(a, stage), Counter(), None, 0, time.perf_counter()
-    todo = deque(s for s in sources[rank::world] if (read_stage(a.out / stage / f"{s.key}.json") or {}).get("key") != key)
+    counts, pool, frames, began = Counter(), Pool(), 0, time.perf_counter()
+    mine = [s for s in sources if zlib.crc32(s.key.encode()) % world == rank]   # the same share, whatever else there is
+    todo = [s for s in mine if (read_stage(a.out / stage / f"{s.key}.json") or {}).get("key") != json.loads(json.dumps(stage_key(a, stage, s)))]
     bar = tqdm(todo, f"{stage}, rank {rank}" if world > 1 else stage, unit="video", disable=None)
     for source in bar:
         if shutil.disk_usage(a.out).free < 2 ** 30:
             raise UserError(f"less than 1 GiB is free under {a.out}; make room and give the same command")
-        if pool is None:
-            pool = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        try:
-            candidates = pool.submit(work, stage, source, a).result()
-        except concurrent.futures.process.BrokenProcessPool:
-            pool, candidates = None, [dict(start=0, end=0, reason="crashed the decoder")]
-        except UserError as e:
-            candidates = [dict(start=0, end=0, reason=str(e).replace(str(source.path), source.path.name))]
-        except Exception as e:                                                  # whatever is wrong with a video, the rest goes on
-            candidates = [dict(start=0, end=0, reason=f"{type(e).__name__}: {e}")]
+        key = stage_key(a, stage, source)
+        candidates, final = attempt(pool, stage, source, a)
         path = a.out / stage / f"{source.key}.json"
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         about = dict(video=source.name, identity=source.identity, path=str(source.path))
-        temporary.write_text(json.dumps(dict(about, key=key, candidates=candidates)))
+        temporary.write_text(json.dumps(dict(about, key=key if final else None, candidates=candidates)))
         os.replace(temporary, path)
         counts.update("kept" if c["reason"] is None else re.sub(r"[\d.]+", "N", c["reason"]) for c in candidates)
         frames += sum(c["end"] - c["start"] for c in candidates)
         bar.set_postfix(kept=counts["kept"], left_out=sum(counts.values()) - counts["kept"])
-    if pool:
-        pool.shutdown()
+    if pool.executor:
+        pool.executor.shutdown()
     seconds = time.perf_counter() - began
     print(f"{stage}: {len(todo)} videos, {len(todo) / seconds * 3600:,.0f} an hour" + (f", {frames / seconds:.0f} frames of candidates a second" if frames else ""))
     for reason, n in counts.most_common():
@@ -528,6 +585,9 @@ def write_manifest(a):
     temporary.write_text("\n".join(lines) + "\n")
     os.replace(temporary, a.out / "manifest.jsonl")
     kept = sum('"reason": null' in line for line in lines)
+    for name in ("train", "test"):
+        if kept and not any(f'"clip": "{name}/' in line for line in lines):
+            print(f"note: no identity fell to {name}; --test sets the share, and videos in one folder count as one person")
     print(f"{kept} clips in {a.out / 'train'} and {a.out / 'test'}, {len(lines) - kept} candidates left out: {a.out / 'manifest.jsonl'}")
 
 
@@ -584,7 +644,7 @@ def arguments():
     ap.add_argument("--hyperiqa", type=Path, help="folder with koniq_pretrained.pkl: quality for stats")
     ap.add_argument("--size", type=int, default=512, help="pixels of the written clips")
     ap.add_argument("--test", type=float, default=0.02, help="share of identities that go to OUT/test")
-    ap.add_argument("--drop", type=Path, help="file of clips, videos or identities to leave out, as asked by the people shown; clips already written go")
+    ap.add_argument("--drop", type=Path, help="file with a clip, video or identity a line to leave out, now and ever after (OUT/drop.txt); clips already written go")
     return ap.parse_args()
 
 
@@ -594,14 +654,25 @@ def main():
         return search(a)
     if a.command == "stats":
         return stats(a)
-    if a.drop and not a.drop.is_file():
-        raise UserError(f"no such file: {a.drop}")
+    if a.command == "run" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("with several processes give the stages one after the other: detect, validate, write; each waits for all")
+    if a.drop:
+        if not a.drop.is_file():
+            raise UserError(f"no such file: {a.drop}")
+        a.out.mkdir(parents=True, exist_ok=True)
+        (a.out / "drop.txt").write_text("\n".join(sorted(read_drop(a.out) | {x.strip() for x in a.drop.read_text().splitlines()} - {""})) + "\n")
+    if a.command in ("run", "validate"):
+        sdit.fetch(str(a.clip))
+        if not Path(sdit.fetch(str(a.clip))).is_file():
+            raise UserError(f"no such file: {a.clip}")
+        if Path(a.clip).resolve().parent == DEMO:
+            print("note: the bundled CLIP has seen rendered faces only; for real ones give --clip ViT-L-14")
     for net in ("arcface", "hyperiqa"):
         get_net(net, getattr(a, net))                                           # a missing file is said before the work
     if a.command in ("run", "detect"):
         if a.source is None:
             raise UserError(f"name the folder of videos: python curate.py {a.command} VIDEOS --out {a.out}")
-        run_stage("detect", list_sources(a.source), a)
+        run_stage("detect", list_sources(a.source, a.out), a)
     if a.command in ("run", "validate"):
         run_stage("validate", [s for s, _ in list_done(a, "detect")], a)
         histogram(a)

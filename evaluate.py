@@ -22,6 +22,7 @@ import json
 import math
 import sys
 import warnings
+import zlib
 from importlib import metadata
 from pathlib import Path
 
@@ -208,13 +209,14 @@ def load_inception(folder):
 
 
 def load_i3d(folder):
-    """(M, h, w, 3) uint8 -> (1, 400). I3D needs 9 frames; 8 are each shown twice (paper silent), longer videos give their first 16."""
+    """(M, h, w, 3) uint8 -> (1, 400). I3D needs 9 frames (paper silent on its 8): fewer than 16 are spread evenly over 16, so that 8 are each
+    shown twice; longer videos give their first 16."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         net = torch.jit.load(find_weights("i3d_torchscript.pt", folder), map_location="cpu").eval()
 
     def features(images):
-        images = np.repeat(images, -(-16 // len(images)), 0)[:16]
+        images = images[np.arange(16) * min(len(images), 16) // 16]
         with torch.no_grad():
             return net(torch.from_numpy(images).movedim(-1, 0)[None].float(), rescale=True, resize=True, return_features=True).numpy()
     return features
@@ -273,29 +275,33 @@ class Case:
 
 def cut(path, tracked, like, frames, size):
     """Some frames of a video as crops (len(frames), size, size, 3): by the driving video's square where it is of the same size, so of the same
-    framing; else it is taken for a square crop as it is. UserError where it has another number of frames."""
+    framing; else, and where sample.py made it, it is a square crop as it is. UserError where it has another number of frames."""
     video = data.Video(path)
+    with data.open_video(path) as container:
+        ours = "anchored-diffusion" in container.metadata.get("comment", "")
     if len(video) != len(like):
         raise UserError(f"{path} has {len(video)} frames, the driving video {len(like)}; results must keep the number")
     wanted, crops = {int(f): i for i, f in enumerate(frames)}, [None] * len(frames)
     shape = next(iter(like)).shape
     for f, image in enumerate(video):
         if f in wanted:
-            if image.shape != shape and image.shape[0] != image.shape[1]:
+            framed = image.shape == shape and not ours
+            if not framed and image.shape[0] != image.shape[1]:
                 raise UserError(f"{path} is neither square nor of the driving video's size")
-            crops[wanted[f]] = data.crop(image, tracked.square, size) if image.shape == shape else data.resize(image, size)
+            crops[wanted[f]] = data.crop(image, tracked.square, size) if framed else data.resize(image, size)
     return np.stack(crops)
 
 
-@functools.lru_cache(256)
+@functools.lru_cache(2048)
 def track(path, landmarker):
     """`data.track` of a video file; every method and length asks again."""
     return data.track(data.Video(path), landmarker, path)
 
 
 def named(folder, name):
-    """The video of a clip in a folder of results."""
-    found = sorted(p for p in Path(folder).glob(f"{name}.*") if p.suffix.lower() in data.VIDEOS)
+    """The video of a clip, by its name without ending, in a folder of results."""
+    wanted = Path(folder) / name
+    found = sorted(p for p in wanted.parent.glob("*") if p.stem == wanted.name and p.suffix.lower() in data.VIDEOS) if wanted.parent.is_dir() else []
     if not found:
         raise UserError(f"{folder} has no video {name}.*")
     return found[0]
@@ -323,7 +329,10 @@ def read_pairs(path):
     try:
         with open(path, newline="") as f:
             lines = list(csv.DictReader(f))
-        return [(Path(line["out"]).stem, *(Path(path).parent / line[k] for k in ("driving", "source", "out"))) for line in lines]
+        found = [(str(Path(line["out"]).with_suffix("")), *(Path(path).parent / line[k] for k in ("driving", "source", "out"))) for line in lines]
+        if len({name for name, *_ in found}) < len(found):
+            raise UserError(f"{path} names one result twice in the column out")
+        return found
     except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError) as e:
         raise UserError(f"cannot read the table {path} ({e}); it has the columns source,driving,out") from None
 
@@ -370,16 +379,22 @@ def load_nets(folder):
     return nets
 
 
-LEFT_OUT = []                                      # what could not be measured; the exit code says so
+LEFT_OUT, REPORTED = [], []                        # what could not be measured, since the last table and before; the exit code says so
 
 
-def measured(key, names, measure, a):
-    """{name: measure(number, name)}, dicts of arrays, each kept in OUT/cache; `key`: all that decides the values."""
+def stamp(paths):
+    """What changes when one of these files does."""
+    return [[p.stat().st_size, p.stat().st_mtime_ns] if p.exists() else None for p in map(Path, paths)]
+
+
+def measured(key, names, measure, a, files=lambda name: ()):
+    """{name: measure(number, name)}, dicts of arrays, each kept in OUT/cache; `key` and `files` (name -> paths): all that decides the values."""
     folder = a.out / "cache" / hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     found = {}
     for number, name in enumerate(tqdm(names, key[0], unit="clip", disable=None)):
-        path = folder / f"{name}.safetensors"
+        mark = zlib.crc32(json.dumps([number, stamp(filter(None, files(name)))]).encode())
+        path = folder / f"{name.replace('/', '__')}-{mark:08x}.safetensors"
         try:
             if not path.exists():
                 arrays = measure(number, name)
@@ -414,8 +429,10 @@ def finish(a, models, name, title, header, rows, notes=(), figure=None, **protoc
     versions = {p: metadata.version(p) for p in ("torch", "mediapipe", "torch-fidelity", "scikit-learn", "open_clip_torch")}
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items()}
     about = dict(name=name, markdown=text, picture=f"{name}.png" if figure is not None else None, settings=settings, model=models and models.sha256,
-                 versions=versions, left_out=LEFT_OUT, crop="face box 0.45 x 0.53 of a fixed square", **protocol)
-    (a.out / f"{name}.json").write_text(json.dumps(about, indent=1, default=float))
+                 sampler=sample.Settings.sampler, versions=versions, left_out=list(LEFT_OUT), crop="face box 0.45 x 0.53 of a fixed square", **protocol)
+    REPORTED.extend(LEFT_OUT)
+    LEFT_OUT.clear()
+    (a.out / f"{name}.json").write_text(json.dumps(about, indent=1, default=str))
     print(f"\n{text}")
 
 
@@ -457,7 +474,7 @@ def table_columns(found, nets, same):
     if callable(nets["inception"]):
         column |= {"FID": f"{frechet(gather('made_inception'), gather('driving_inception')):.1f}",
                    "KID x 1000": f"{kernel_distance(gather('made_inception'), gather('driving_inception')):.2f}"}
-    if callable(nets["i3d"]):
+    if callable(nets["i3d"]) and len(r) > 1:
         column["FVD"] = f"{frechet(gather('made_i3d'), gather('driving_i3d')):.0f}"
     if callable(nets["hyperiqa"]):
         column["HyperIQA"] = plus([x["made_hyperiqa"].mean() for x in r], 1)
@@ -469,45 +486,57 @@ def table_columns(found, nets, same):
                "CSIM": plus([csim(x["source_clip"], x["made_clip"]) for x in r], 3)}
     if same:
         column["Self-CSIM"] = plus([self_csim(x["made_clip"], x["driving_clip"]) for x in r], 3)
-    if "psnr" in r[0]:
-        column |= {"PSNR against the truth, dB": plus([float(x["psnr"]) for x in r], 1), "SSIM": plus([float(x["ssim"]) for x in r], 2)}
+    if known := [x for x in r if "psnr" in x]:
+        column |= {"PSNR against the truth, dB": plus([float(x["psnr"]) for x in known], 1), "SSIM": plus([float(x["ssim"]) for x in known], 2)}
     both = [(motions(p[seen]), motions(q[seen])) for p, q in pairs if (seen := ~np.isnan(p[:, 0, 0]) & ~np.isnan(q[:, 0, 0])).sum() > 3]
     return column | {f"{k}: correlation": plus([correlation(m[k], d[k]) for m, d in both], 2) for k in ("yaw", "mouth", "eyes")}
 
 
 def list_clips(a):
+    """{name: path} of the first `--n` videos; a name is the path within the folder, without ending."""
     folder = a.clips or a.out / "world" / "clips"
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in data.VIDEOS)
     if not paths:
         raise UserError(f"no videos in {folder}; give --clips, or make those of the demo world: python evaluate.py world --out {a.out}")
-    return paths[:a.n]
+    names = [str(p.relative_to(folder).with_suffix("")) for p in paths]
+    if twice := {n for n in names if names.count(n) > 1}:
+        raise UserError(f"{folder} has two videos named {min(twice)}, with different endings")
+    return dict(list(zip(names, paths))[:a.n])
 
 
 def table1(a, models, same):
-    """Table 1 for one protocol; by each method of sampling, or for videos made elsewhere."""
+    """Table 1 for one protocol: of videos made by each method of sampling; or of videos that are there, in the folder `--videos`, or under the
+    names of the column out."""
     nets, title = load_nets(a.weights), f"{'Same' if same else 'Cross'}-identity reenactment (Table 1)"
     if same:
-        items = {p.stem: (p, None, None) for p in list_clips(a)}
+        items = {name: (path, None, None) for name, path in list_clips(a).items()}
         truths = {name: path for name, (path, _, _) in items.items()}           # the driving video itself
     else:
         pairs = a.pairs or a.out / "world" / "pairs.csv"
         items = {name: (driving, source, out) for name, driving, source, out in read_pairs(pairs)[:a.n]}
-        truths = {name: p for name in items if (p := pairs.parent / "truth" / f"{name}.mp4").exists()}
-    columns, methods = {}, ["given"] if a.videos else list(METHODS)
+        truths = {name: p for name in items if (p := pairs.parent / "truth" / f"{Path(name).name}.mp4").exists()}
+    made_before = a.videos or any(out is not None and out.exists() for _, _, out in items.values())
+    columns, methods = {}, ["given"] if made_before else list(METHODS)
     for method in methods:
+        def result_of(name):
+            return (named(a.videos, name) if a.videos else items[name][2]) if made_before else None
+
+        def files(name):
+            return [*items[name][:2], truths.get(name), result_of(name)]
+
         def measure(number, name):
             path, source, _ = items[name]
-            given = named(a.videos, name) if a.videos else None
-            case = read_case(path, a, models, number, a.frames, source, truths.get(name), given)
-            return judge(case, case.given if a.videos else reenact(models, case.source, case.landmarks, settings_of(a, method, number)), models, nets)
+            case = read_case(path, a, models, number, a.frames, source, truths.get(name), result_of(name))
+            return judge(case, case.given if made_before else reenact(models, case.source, case.landmarks, settings_of(a, method, number)), models, nets)
         key = [f"{'same' if same else 'cross'}, {method}", models.sha256, str(a.videos), str(a.pairs), str(a.clips), a.seed, a.frames, a.steps, a.guidance,
                sorted(k for k, v in nets.items() if callable(v))]
-        columns[str(a.videos) if a.videos else method] = table_columns(measured(key, list(items), measure, a), nets, same)
+        columns[str(a.videos or "column out") if made_before else method] = table_columns(measured(key, list(items), measure, a, files), nets, same)
     names = list(dict.fromkeys(k for c in columns.values() for k in c))
     rows = [[k, *(c.get(k, "-") for c in columns.values()), PAPER.get(k, ("", ""))[not same]] for k in names]
     missing = [f"Missing: {name}: {reason}" for name, reason in nets.items() if not callable(reason)]
     notes = [f"{len(items)} videos of {a.frames} frames; mean ± half of the 95 % interval over videos; LMSE in pixels² of a crop of 256.", *missing]
-    finish(a, models, "same" if same else "cross", title, ["", *columns, "paper (XL, real faces)"], rows, notes, fvd="8 frames, each twice" if a.frames < 16 else "16 frames",
+    name = ("same" if same else "cross") + (f"-{a.videos.resolve().name if a.videos else 'given'}" if made_before else "")
+    finish(a, models, name, title, ["", *columns, "paper (XL, real faces)"], rows, notes, fvd=f"{a.frames} frames spread over 16" if a.frames < 16 else "first 16 frames",
            reference="frames of the driving clips", missing=missing)
 
 
@@ -516,15 +545,15 @@ def table1(a, models, same):
 
 def length(a, models, lengths=(12, 16, 20, 24)):
     """Fig. 5: Self-CSIM of self-reenactment against the number of frames."""
-    paths, found = {p.stem: p for p in list_clips(a)}, {}
+    paths, found = list_clips(a), {}
     for M in lengths:
         for method in METHODS:
             def measure(number, name):
                 case = read_case(paths[name], a, models, number, M)
                 made = reenact(models, case.source, case.landmarks, settings_of(a, method, number))
-                return {f"{k}_clip": models.encoder.images(data.to_tensor(x)).numpy() for k, x in (("made", made), ("driving", case.driving))}
+                return {f"{k}_clip": models.encoder.images(data.to_tensor(x)).cpu().numpy() for k, x in (("made", made), ("driving", case.driving))}
             key = [f"length {M}, {method}", models.sha256, str(a.clips), a.seed, a.steps, a.guidance]
-            found[M, method] = [self_csim(r["made_clip"], r["driving_clip"]) for r in measured(key, list(paths), measure, a).values()]
+            found[M, method] = [self_csim(r["made_clip"], r["driving_clip"]) for r in measured(key, list(paths), measure, a, lambda n: [paths[n]]).values()]
     import matplotlib.pyplot as plt
     figure, ax = plt.subplots(figsize=(6, 4))
     for method in METHODS:
@@ -559,7 +588,7 @@ def deal(M, T, how, anchor=None, seed=0):
 
 def ablation(a, models, M=24):
     """An ablation that the paper lacks: how frames are dealt to rows, which frame is the anchor, how many steps."""
-    paths, rows, T = {p.stem: p for p in list_clips(a)}, [], models.sdit.config.frames
+    paths, rows, T = list_clips(a), [], models.sdit.config.frames
     variants = {f"dealt {how}": (how, None, a.steps) for how in ("strided", "random", "contiguous")}
     variants |= {f"anchor {name}": ("strided", frame, a.steps) for name, frame in (("central", (M - 1) // 2), ("first", 0))}
     variants |= {f"{steps} steps": ("strided", None, steps) for steps in (50, 100)}
@@ -569,7 +598,7 @@ def ablation(a, models, M=24):
             made = reenact(models, case.source, case.landmarks, settings_of(a, number=number, steps=steps), deal(M, T, how, anchor, a.seed + number))
             return judge(case, made, models, {})
         key = [f"ablation, {name}", models.sha256, str(a.clips), a.seed, M, steps, a.guidance]
-        r = measured(key, list(paths), measure, a).values()
+        r = measured(key, list(paths), measure, a, lambda n: [paths[n]]).values()
         rows.append([name + (f" (as planned, {a.steps} steps)" if name == "dealt strided" else ""), len(sample.plan_rows(M, T, anchor)[0]),
                      plus([self_csim(x["made_clip"], x["driving_clip"]) for x in r], 3), plus([lmse(x["made_landmarks"], x["driving_landmarks"]) for x in r], 1)])
     finish(a, models, "ablation", "Dealing, anchor, steps", ["", "rows", "Self-CSIM", "LMSE"], rows, [f"{len(paths)} self-reenactments of {M} frames."])
@@ -622,7 +651,7 @@ def clustering(x, y):
 
 def scenes(a, models, frames=64):
     """Table 2: how well vectors of frames cluster by video; heads are trained on the other half of the videos. Fig. 14: t-SNE."""
-    paths = {p.stem: p for p in list_clips(a)}
+    paths = list_clips(a)
     try:
         arcface, missing = load_arcface(a.weights), []
     except UserError as e:
@@ -637,7 +666,7 @@ def scenes(a, models, frames=64):
             result = dict(clip=models.encoder.images(data.to_tensor(crops)).cpu().numpy())
         return result | (dict(arcface=arcface(crops, tracked.landmarks[np.unique(chosen)])) if arcface else {})
     key = [f"scenes, {frames} frames", models.sha256, str(a.clips), arcface is not None]
-    found = list(measured(key, list(paths), measure, a).values())
+    found = list(measured(key, list(paths), measure, a, lambda n: [paths[n]]).values())
     half = len(found) // 2
     if half < 2:
         raise UserError("scenes needs four videos at least: one half trains the heads, the other is clustered")
@@ -664,7 +693,7 @@ def tsne(vectors, labels, videos=24):
     for ax, (name, x) in zip(axes[0], vectors.items()):
         flat = TSNE(2, init="pca", perplexity=min(30, shown.sum() // 4), random_state=0).fit_transform(x[shown])
         ax.scatter(*flat.T, c=labels[shown], cmap="tab20", s=4)
-        ax.set(title=f"{name}, {videos} videos", xticks=[], yticks=[])
+        ax.set(title=f"{name}, {len(set(labels[shown].tolist()))} videos", xticks=[], yticks=[])
     return figure
 
 
@@ -740,6 +769,7 @@ def strip(pictures, size=96):
 def figures(a, models):
     """The paper's picture figures by the model at hand, from the first pairs: OUT/figure-1.png (reenactment, text, edit), -4 (anchored against
     MultiDiffusion, 12 frames), -6 (pairs), -20 (24 frames)."""
+    a.out.mkdir(parents=True, exist_ok=True)
     pairs = read_pairs(a.pairs or a.out / "world" / "pairs.csv")[:4]
     cases = [read_case(driving, a, models, i, 24, source) for i, (_, driving, source, _) in enumerate(tqdm(pairs, "reading", leave=False, disable=None))]
 
@@ -759,7 +789,8 @@ def figures(a, models):
              20: "24 frames: driving above results"}
     for number, rows in tqdm(sheets.items(), "drawing", leave=False, disable=None):
         Image.fromarray(np.concatenate([strip(row) for row in rows])).save(a.out / f"figure-{number}.png")
-        about = dict(name=f"figure-{number}", markdown=f"**Figure {number}**: {notes[number]}.", picture=f"figure-{number}.png", model=models.sha256)
+        about = dict(name=f"figure-{number}", markdown=f"**Figure {number}**: {notes[number]}.", picture=f"figure-{number}.png", model=models.sha256,
+                     settings=dataclasses.asdict(plain))
         (a.out / f"figure-{number}.json").write_text(json.dumps(about, indent=1))
     print(f"{', '.join(f'figure-{n}.png' for n in sheets)} in {a.out}")
 
@@ -821,12 +852,13 @@ def pairs_set(a):
 
 def report(a):
     """OUT/report.md: every result that is there, in the paper's order."""
-    order = ["same", "cross", "length", "ablation", "scenes", "guidance", *(f"figure-{n}" for n in (1, 4, 6, 20))]
+    order = [*(p.stem for k in ("same", "cross") for p in sorted(a.out.glob(f"{k}*.json"))), "length", "ablation", "scenes", "guidance", *(f"figure-{n}" for n in (1, 4, 6, 20))]
     found = [json.loads(p.read_text()) for name in order if (p := a.out / f"{name}.json").exists()]
     if not found:
         raise UserError(f"nothing is in {a.out} yet; run the other commands first")
     parts = [r["markdown"] + (f"\n\n![{r['name']}]({r['picture']})" if r["picture"] else "") for r in found]
-    (a.out / "report.md").write_text("\n\n".join(["# Evaluation", f"Model {found[0]['model'][:16]}.", *parts]) + "\n")
+    models = sorted({r["model"][:16] for r in found if r["model"]})
+    (a.out / "report.md").write_text("\n\n".join(["# Evaluation", f"Models, by sha256: {', '.join(models)}.", *parts]) + "\n")
     print(a.out / "report.md")
 
 
@@ -859,7 +891,7 @@ def arguments():
     ap.add_argument("--model", type=Path, default=DEMO / "sdit.safetensors")
     ap.add_argument("--clips", type=Path, help="folder of driving videos (default: those of the demo world)")
     ap.add_argument("--pairs", type=Path, help="table with the columns source,driving,out (default: that of the demo world)")
-    ap.add_argument("--videos", type=Path, help="judge these videos, named like the clips, instead of making some")
+    ap.add_argument("--videos", type=Path, help="judge these videos, named like the clips, or like the column out, instead of making some")
     ap.add_argument("--data", type=Path, default=Path("cache"), help="of `guidance`: cache of clips made by data.py")
     ap.add_argument("--weights", type=Path, default=sdit.DOWNLOADS, help="folder with the networks of FID, FVD, HyperIQA, ArcFace")
     ap.add_argument("--n", type=int, default=50, help="videos (the paper: 1000)")
@@ -869,13 +901,15 @@ def arguments():
     ap.add_argument("--train-steps", type=int, default=2000, help="of `guidance`: training steps of each denoiser")
     ap.add_argument("--seed", type=int, default=0)
     a = ap.parse_intermixed_args()                                              # folders may stand behind options
+    if a.folders and a.command != "pairs":
+        raise UserError(f"{a.command} takes no folders by themselves; give --clips {a.folders[0]}")
     a.device, a.many, a.prompt, a.edit = None, 0, "a face with red hair, wearing a blue shirt", "black hair -> blond hair"
     return a
 
 
 def main():
     a = arguments()
-    LEFT_OUT.clear()
+    LEFT_OUT.clear(), REPORTED.clear()
     if a.command in ("world", "pairs", "report", "all"):
         dict(world=world_set, pairs=pairs_set, report=report, all=everything)[a.command](a)
     else:
@@ -884,8 +918,8 @@ def main():
             table1(a, models, a.command == "same")
         else:
             dict(length=length, ablation=ablation, scenes=scenes, guidance=guidance, figures=figures)[a.command](a, models)
-    if LEFT_OUT:
-        sys.exit(print(f"{len(LEFT_OUT)} left out, named above", file=sys.stderr) or 1)
+    if LEFT_OUT or REPORTED:
+        sys.exit(print(f"{len(LEFT_OUT + REPORTED)} left out, named above", file=sys.stderr) or 1)
 
 
 if __name__ == "__main__":

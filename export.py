@@ -1,8 +1,8 @@
 """Export of the denoiser for fast inference: TorchScript, ONNX, TensorRT, with the override of the anchor inside the graph (paper 3.2).
 
-    python export.py --onnx                                              # the bundled model -> export/demo-onnx-fp32
-    python export.py --trt --model runs/XL-2-8/model.safetensors         # -> export/XL-2-trt-bf16, on the GPU that will run it
-    python sample.py --engine export/demo-onnx-fp32                      # sample with it
+    python export.py --onnx                                              # the bundled model -> export/demo-4-onnx-fp32
+    python export.py --trt --model runs/XL-2-8/model.safetensors         # -> export/XL-2-8-trt-bf16, on the GPU that will run it
+    python sample.py --engine export/demo-4-onnx-fp32                      # sample with it
     python export.py --bench                                             # how fast each is here
 
 Two forms of the same weights. `override` is the paper's rule as it stands: one `Where` after every block. `packed`, the default, is the same
@@ -17,6 +17,7 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 import os
 import platform
 import resource
@@ -73,7 +74,7 @@ class Graph(nn.Module):
         self.config, self.groups = model.config, groups
         self.x_embedder, self.t_embedder, self.blocks, self.final_layer = model.x_embedder, model.t_embedder, model.blocks, model.final_layer
         for name, value in dict(position=model.position, time_position=model.time_position, slots=torch.arange(model.config.frames)).items():
-            self.register_buffer(name, value, persistent=False)
+            self.register_buffer(name, value.to(model.position.device), persistent=False)
 
     def embed(self, latents, slots):
         """Tokens (B, G, T, N, D) of latents (B, T, C, H, W) in `slots` (T,)."""
@@ -234,7 +235,7 @@ def torch_program(graph, form):
     """torch.export's program of a graph, for any number of rows. (The ONNX exporter by itself fixes the rows, without a word, where it
     cannot keep them open; this raises.)"""
     rows, dtype = torch.export.Dim("rows", min=1, max=1024), graph.position.dtype
-    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in example(graph.config, form, 3, graph.groups).items()}
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in example(graph.config, form, 3, graph.groups, device=graph.position.device).items()}
     return torch.export.export(graph, (), inputs, dynamic_shapes={k: {0: rows} if k in OPEN else None for k in inputs})
 
 
@@ -255,10 +256,11 @@ def write_onnx(graph, form, folder):
 
 def write_torchscript(graph, form, folder):
     """FORM.ts, traced and frozen. (PyTorch deprecates TorchScript in favour of torch.export; it still works.) Returns the path."""
-    inputs = {k: v.to(graph.position.dtype) if v.is_floating_point() else v for k, v in example(graph.config, form, 3, graph.groups).items()}
+    inputs = example(graph.config, form, 3, graph.groups, device=graph.position.device).values()
+    inputs = tuple(v.to(graph.position.dtype) if v.is_floating_point() else v for v in inputs)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        torch.jit.freeze(torch.jit.trace(graph, tuple(inputs.values()), check_trace=False)).save(str(folder / f"{form}.ts"))
+        torch.jit.freeze(torch.jit.trace(graph, inputs, check_trace=False)).save(str(folder / f"{form}.ts"))
     return folder / f"{form}.ts"
 
 
@@ -277,6 +279,7 @@ def build_plan(trt, path, plan, rows, timing_cache=None):
         if name in OPEN:
             profile.set_shape(name, *([n, *shape[1:]] for n in (1, *rows)))
     settings.add_optimization_profile(profile)
+    settings.clear_flag(trt.BuilderFlag.TF32)                                  # float32 means float32; half precision is what is fast
     if timing_cache:
         cache = settings.create_timing_cache(Path(timing_cache).read_bytes() if Path(timing_cache).exists() else b"")
         settings.set_timing_cache(cache, False)
@@ -315,9 +318,10 @@ def load_onnx(path, device):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
-    provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
+    cuda = ("CUDAExecutionProvider", dict(device_id=device.index or 0, use_tf32=0))
+    provider, settings = cuda if device.type == "cuda" else ("CPUExecutionProvider", {})
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=[provider])
+        session = onnxruntime.InferenceSession(path, options, providers=[(provider, settings)])
     except Exception as e:                                                      # its errors have no common class
         raise UserError(f"ONNX Runtime cannot run {path} on {device}: {str(e).partition(chr(10))[0]}") from None
     if session.get_providers()[0] != provider:                                  # it falls back without an error
@@ -342,12 +346,13 @@ def run_onnx(session, config, form, groups, dtype, inputs):
     return tuple(outputs.values())
 
 
-def load_plan(trt, path):
-    """(execution context, stream) of a TensorRT engine on the current GPU."""
-    engine = trt.Runtime(trt.Logger(trt.Logger.WARNING)).deserialize_cuda_engine(Path(path).read_bytes())
-    if engine is None:
-        raise UserError(f"{path} was built by another version of TensorRT or for another GPU; export it again here")
-    return engine.create_execution_context(), torch.cuda.Stream()
+def load_plan(trt, path, device):
+    """(execution context, stream) of a TensorRT engine on a GPU."""
+    with torch.cuda.device(device):
+        engine = trt.Runtime(trt.Logger(trt.Logger.WARNING)).deserialize_cuda_engine(Path(path).read_bytes())
+        if engine is None:
+            raise UserError(f"{path} was built by another version of TensorRT or for another GPU; export it again here")
+        return engine.create_execution_context(), torch.cuda.Stream(device)
 
 
 def run_plan(context, stream, config, form, groups, dtype, inputs):
@@ -380,7 +385,7 @@ def load_runner(kind, path, config, form, groups, dtype, device):
         return functools.partial(run_onnx, load_onnx(path, device), config, form, groups, dtype)
     if device.type != "cuda":
         raise UserError(f"{path} is a TensorRT engine and runs on an NVIDIA GPU only")
-    return functools.partial(run_plan, *load_plan(import_tensorrt(), path), config, form, groups, dtype)
+    return functools.partial(run_plan, *load_plan(import_tensorrt(), path, device), config, form, groups, dtype)
 
 
 @dataclasses.dataclass
@@ -464,6 +469,7 @@ def verify(model, form, groups, run, most_rows=5):
     """Largest error of a runner over rows, slots and timesteps, and what leaving out the anchor would have cost in the same cases: an error
     far below it shows that the anchor is in the graph."""
     T, device = model.config.frames, next(model.parameters()).device
+    torch.backends.cudnn.allow_tf32 = False                                     # the reference is float32
     errors, control = [], []
     for seed, (rows, slot, t) in enumerate([(1, 0, 0), (2, T // 2, 500), (5, T - 1, 999)]):
         inputs = example(model.config, form, min(rows, most_rows), groups, slot, t, seed, device)
@@ -543,15 +549,20 @@ def write_graph(model, kind, form, a, folder, device):
         return write_torchscript(graph, form, folder)
     path = write_onnx(graph, form, folder)
     if kind == "trt":
-        trt, gpu = import_tensorrt(), torch.cuda.get_device_name(device).replace(" ", "-")
+        trt = import_tensorrt()
+        if device.type != "cuda":
+            raise UserError("TensorRT builds for the GPU that it runs on, and there is none here; --onnx works without")
+        gpu = torch.cuda.get_device_name(device).replace(" ", "-")
         name = f"{form}.{sdit.sha256(path)[:12]}-{a.precision}-trt{trt.__version__}-{gpu}.plan"
-        path = build_plan(trt, path, folder / name, a.rows, a.out / "timing.cache")
+        with torch.cuda.device(device):
+            path = build_plan(trt, path, folder / name, a.rows, a.out / "timing.cache")
     return path
 
 
 def export(model, digest, kind, a, device):
     """Write, check and name one artefact. Returns its folder."""
-    final = a.out / f"{model.config.name.replace('/', '-')}-{kind}-{a.precision}{'' if a.form == 'packed' else f'-{a.form}'}"
+    extra = ("" if a.form == "packed" else f"-{a.form}") + ("" if a.groups == 2 else "-unguided")
+    final = a.out / f"{model.config.name.replace('/', '-')}-{model.config.frames}-{kind}-{a.precision}{extra}"
     if final.exists() and not (final / "manifest.json").exists():
         raise UserError(f"{final} is there and is not an export; choose another --out")
     a.out.mkdir(parents=True, exist_ok=True)
@@ -592,7 +603,10 @@ def peak_memory(run, device):
 
     def read(field):
         return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1]) / 1024
-    Path("/proc/self/clear_refs").write_text("5")                               # Linux: forget the height so far
+    try:
+        Path("/proc/self/clear_refs").write_text("5")                           # Linux: forget the height so far
+    except OSError:
+        return None
     before = read("VmRSS")
     run()
     return max(0.0, read("VmHWM") - before)
@@ -630,7 +644,9 @@ def bench(model, a, device, repeat=7):
                 if not error <= TOLERANCE[a.precision]:
                     raise RuntimeError(f"differs from the model by {error:.2g}")
                 run(inputs)
-                memory[key], seconds[key] = peak_memory(lambda: run(inputs), device), []
+                seconds[key] = []
+                if device.type == "cpu" or key[0] not in ("onnx", "trt"):       # those allocate beside torch on a GPU
+                    memory[key] = peak_memory(lambda: run(inputs), device)
             except Exception as e:                                              # a backend that fails is a row of the table
                 missing[key] = str(e).partition("\n")[0]
         for _ in tqdm(range(repeat), desc="timing", unit="round", leave=False, disable=None):
@@ -649,7 +665,7 @@ def report(model, a, device, seconds, memory, missing, repeat):
     """Print the table of `bench`; the last line is JSON."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()} CPU"
     hardware = f"{name}, {torch.get_num_threads()} threads"
-    found, base = versions("torch", "onnxruntime-gpu", "onnxruntime", "tensorrt"), seconds["eager", "override"]
+    found, base = versions("torch", "onnxruntime-gpu", "onnxruntime", "tensorrt"), seconds.get(("eager", "override"), math.nan)
     print(f"{model.config.name}, T = {model.config.frames}, {a.rows[0]} rows, {a.groups} guidance group(s), {a.precision}; {hardware}; {found}; "
           f"median of {repeat}\n\n| | unanchored | override | packed | peak memory, packed |\n|---|---|---|---|---|")
     for backend in dict.fromkeys(b for b, _ in seconds):
@@ -674,7 +690,7 @@ def arguments():
     ap.add_argument("--frames", type=int, default=8, help="frames a row, with --size")
     ap.add_argument("--out", type=Path, default=Path("export"), help="folder that the export's own folder goes into")
     ap.add_argument("--form", choices=["packed", "override"], default="packed", help="packed: fast, any length; override: the paper's rule as written")
-    ap.add_argument("--precision", choices=list(PRECISIONS), help="default: bf16 for TensorRT and on a GPU, else fp32")
+    ap.add_argument("--precision", choices=list(PRECISIONS), help="default: bf16 for TensorRT, else fp32")
     ap.add_argument("--groups", type=int, choices=[1, 2], default=2, help="2: with classifier-free guidance inside; 1: without, half the work")
     ap.add_argument("--rows", type=int, nargs=2, default=[4, 8], metavar=("TYPICAL", "MOST"),
                     help="rows at once of a TensorRT engine; --bench takes the typical number")
@@ -690,9 +706,9 @@ def arguments():
 def main():
     a = arguments()
     device = torch.device(a.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if a.trt and (import_tensorrt(), device.type)[1] != "cuda":
-        raise UserError("TensorRT builds for the GPU that it runs on, and there is none here; --onnx works without")
-    a.precision = a.precision or ("bf16" if a.trt or device.type == "cuda" else "fp32")
+    if a.trt:
+        import_tensorrt()
+    a.precision = a.precision or ("bf16" if a.trt else "fp32")
     model = random_model(a.size, a.frames).to(device) if a.size else sdit.load_model(a.model, device)
     digest = "random" if a.size else sdit.sha256(a.model)
     for kind in ("onnx", "torchscript", "trt"):

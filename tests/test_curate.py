@@ -68,7 +68,7 @@ def test_a_crash_of_the_decoder_is_a_line(videos, tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     for name in ("nobody.mp4", "text.mp4"):
         shutil.copy(videos / name, tmp_path / "in")
-    curate.run_stage("detect", curate.list_sources(tmp_path / "in"), arguments(tmp_path))
+    curate.run_stage("detect", curate.list_sources(tmp_path / "in", tmp_path), arguments(tmp_path))
     assert [c["reason"] for _, found in curate.list_done(arguments(tmp_path), "detect") for c in found["candidates"]] == ["crashed the decoder"] * 2
 
 
@@ -162,7 +162,7 @@ def test_published_lists(tmp_path):
     clip = dict(ytb_id="abc", duration=dict(start_sec=1.5, end_sec=4), bbox=dict(top=0.1, bottom=0.9, left=0.2, right=0.6))
     (tmp_path / "celebvhq_info.json").write_text(json.dumps(dict(meta_info={}, clips=dict(one=clip))))
     (tmp_path / "Clip+def_-1+P0+C2+F100-200.txt").write_text("H 720\nW 1280\nFPS 25.0\n\nCROP 128 72 640 432\n")
-    found = {s.name: s for s in curate.list_sources(tmp_path)}
+    found = {s.name: s for s in curate.list_sources(tmp_path, tmp_path / "out")}
     assert set(found) == {"abc.mp4", "def_-1.mp4"}
     assert found["abc.mp4"].spans == [(1.5, 4, [0.2, 0.1, 0.6, 0.9])] and found["abc.mp4"].identity == "abc"
     assert found["def_-1.mp4"].spans == [(101 / 25, 8.0, [0.1, 0.1, 0.5, 0.6])]
@@ -170,9 +170,9 @@ def test_published_lists(tmp_path):
     actors.mkdir()
     for name in ("01-01-03-01-01-01-07.mp4", "02-01-03-01-01-01-07.mp4", "02-01-04-01-01-01-08.mp4"):
         (actors / name).write_bytes(b"")
-    assert [(s.name, s.identity) for s in curate.list_sources(actors)] == [("01-01-03-01-01-01-07.mp4", "actor-07"), ("02-01-04-01-01-01-08.mp4", "actor-08")]
+    assert [(s.name, s.identity) for s in curate.list_sources(actors, tmp_path / "out")] == [("01-01-03-01-01-01-07.mp4", "actor-07"), ("02-01-04-01-01-01-08.mp4", "actor-08")]
     with pytest.raises(UserError, match="no such folder"):
-        curate.list_sources(tmp_path / "none")
+        curate.list_sources(tmp_path / "none", tmp_path)
 
 
 def test_listed_times_and_faces_are_taken(videos):

@@ -12,11 +12,13 @@ import curate
 
 
 def test_killed_and_restarted_it_makes_the_same(videos, curated, tmp_path):
-    for seconds in (9, 13):
+    for stage in ("detect", "write"):                                           # in the middle of the first and of the last
         process = subprocess.Popen(run(videos, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-        time.sleep(seconds)
+        while len(list((tmp_path / stage).glob("*.json"))) < 3 and process.poll() is None:
+            time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        assert not (tmp_path / "manifest.jsonl").exists()
     assert subprocess.run(run(videos, tmp_path), capture_output=True).returncode == 0
     assert tree(tmp_path) == tree(curated)
 
@@ -27,7 +29,7 @@ def test_four_ranks_make_what_one_makes(videos, curated, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     for rank in (2, 0, 3, 1):
         monkeypatch.setenv("RANK", str(rank))
-        curate.run_stage("detect", curate.list_sources(videos), a)
+        curate.run_stage("detect", curate.list_sources(videos, tmp_path), a)
     for path in (curated / "detect").iterdir():
         assert json.loads((tmp_path / "detect" / path.name).read_text())["candidates"] == json.loads(path.read_text())["candidates"]
 
