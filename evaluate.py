@@ -393,9 +393,9 @@ def measured(key, names, measure, a, files=lambda name: ()):
     folder.mkdir(parents=True, exist_ok=True)
     found = {}
     for number, name in enumerate(tqdm(names, key[0], unit="clip", disable=None)):
-        mark = zlib.crc32(json.dumps([number, stamp(filter(None, files(name)))]).encode())
-        path = folder / f"{name.replace('/', '__')}-{mark:08x}.safetensors"
         try:
+            mark = zlib.crc32(json.dumps([number, stamp(filter(None, files(name)))]).encode())
+            path = folder / f"{name.replace('/', '__')}-{mark:08x}.safetensors"
             if not path.exists():
                 arrays = measure(number, name)
                 sdit.write_tensors(path, {k: torch.as_tensor(np.asarray(v)) for k, v in arrays.items()}, {})
@@ -530,7 +530,7 @@ def table1(a, models, same):
             return judge(case, case.given if made_before else reenact(models, case.source, case.landmarks, settings_of(a, method, number)), models, nets)
         key = [f"{'same' if same else 'cross'}, {method}", models.sha256, str(a.videos), str(a.pairs), str(a.clips), a.seed, a.frames, a.steps, a.guidance,
                sorted(k for k, v in nets.items() if callable(v))]
-        columns[str(a.videos or "column out") if made_before else method] = table_columns(measured(key, list(items), measure, a, files), nets, same)
+        columns[(a.videos.resolve().name if a.videos else "column out") if made_before else method] = table_columns(measured(key, list(items), measure, a, files), nets, same)
     names = list(dict.fromkeys(k for c in columns.values() for k in c))
     rows = [[k, *(c.get(k, "-") for c in columns.values()), PAPER.get(k, ("", ""))[not same]] for k in names]
     missing = [f"Missing: {name}: {reason}" for name, reason in nets.items() if not callable(reason)]
