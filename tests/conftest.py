@@ -65,4 +65,4 @@ def landmarker():
     return data.FaceLandmarker()
 
 
-pytest_plugins = ["films"]
+pytest_plugins = ["films", "graphs"]

@@ -1,15 +1,14 @@
 """The graphs of export.py against the model: TorchScript and ONNX, both forms, all precisions; engines in sample.py."""
-import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from conftest import ROOT
+from graphs import CPU, cases, runner
 
 import data
 import export
@@ -17,54 +16,14 @@ import sample
 import sdit
 from sdit import UserError
 
-CPU = torch.device("cpu")
-# Operators that TensorRT's ONNX parser documents (onnx-tensorrt, docs/operators.md, for TensorRT 10.0 and later, opset 20), with all of
-# float32, float16 and bfloat16 where they compute
-TENSORRT_OPERATORS = set("""Add And Cast Concat Cos Div Equal Exp Expand Gather Gelu Gemm GreaterOrEqual Identity LayerNormalization Less
-    MatMul Mul Neg Pow Reshape Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where""".split())
-
-
-@pytest.fixture(scope="module")
-def model():
-    """2 blocks, 64 wide, no weight zero."""
-    torch.manual_seed(0)
-    small = sdit.SDiT(sdit.SDiTConfig(name="small", depth=2, width=64, heads=4, patch=2, frames=4, latent_channels=4, latent_size=8, scene_width=16))
-    for m in (*small.blocks, small.final_layer):
-        torch.nn.init.normal_(m.adaLN_modulation[1].weight, std=0.2)
-        torch.nn.init.normal_(m.adaLN_modulation[1].bias, std=0.2)
-    torch.nn.init.xavier_uniform_(small.final_layer.linear.weight)
-    return small.eval().requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def onnx_graph(model, tmp_path_factory):
-    """(form, precision) -> path, written once."""
-    paths = {}
-
-    def write(form, precision):
-        if (form, precision) not in paths:
-            folder = tmp_path_factory.mktemp(f"{form}-{precision}")
-            paths[form, precision] = export.write_onnx(export.build_graph(model, form, precision), form, folder)
-        return paths[form, precision]
-    return write
-
-
-def runner(model, kind, path, form, precision="fp32", groups=2):
-    return export.load_runner(kind, path, model.config, form, groups, export.PRECISIONS[precision], CPU)
-
-
-def cases(model, form, groups=2):
-    for seed, (rows, slot, t) in enumerate(itertools.product((1, 2, 5), (0, 1, 3), (0, 500, 999))):
-        yield export.example(model.config, form, rows, groups, slot, t, seed)
-
 
 @pytest.mark.parametrize("kind", ["onnx", "torchscript"])
 @pytest.mark.parametrize("form", ["override", "packed", "rest"])
-def test_float32_graphs_equal_the_model(model, onnx_graph, tmp_path, form, kind):
-    path = onnx_graph(form, "fp32") if kind == "onnx" else export.write_torchscript(export.build_graph(model, form), form, tmp_path)
-    run = runner(model, kind, path, form)
-    for inputs in cases(model, form):
-        for result, expected in zip(run(inputs), export.reference(model, form, inputs), strict=True):
+def test_float32_graphs_equal_the_model(small_model, onnx_graph, tmp_path, form, kind):
+    path = onnx_graph(form, "fp32") if kind == "onnx" else export.write_torchscript(export.build_graph(small_model, form), form, tmp_path)
+    run = runner(small_model, kind, path, form)
+    for inputs in cases(small_model, form):
+        for result, expected in zip(run(inputs), export.reference(small_model, form, inputs), strict=True):
             assert result.shape == expected.shape
             assert (result - expected).abs().max() <= 1e-4 * expected.abs().max()
             assert export.relative_error(result, expected) <= 1e-5
@@ -72,46 +31,46 @@ def test_float32_graphs_equal_the_model(model, onnx_graph, tmp_path, form, kind)
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("form", list(export.FORMS))
-def test_graphs_in_float64(model, form, groups):
-    whole = sdit.SDiT(model.config)
-    whole.load_state_dict(model.state_dict())
+def test_graphs_in_float64(small_model, form, groups):
+    whole = sdit.SDiT(small_model.config)
+    whole.load_state_dict(small_model.state_dict())
     graph = export.build_graph(whole.double(), form, groups=groups)
-    for inputs in cases(model, form, groups):
+    for inputs in cases(small_model, form, groups):
         inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
         for result, expected in zip(export.run_module(graph, torch.float64, inputs), export.reference(whole, form, inputs), strict=True):
             assert export.relative_error(result, expected) < 1e-12
 
 
-def test_packed_equals_override(model, onnx_graph):
-    packed, override = (runner(model, "onnx", onnx_graph(form, "fp32"), form) for form in ("packed", "override"))
-    for inputs in cases(model, "packed"):
+def test_packed_equals_override(small_model, onnx_graph):
+    packed, override = (runner(small_model, "onnx", onnx_graph(form, "fp32"), form) for form in ("packed", "override"))
+    for inputs in cases(small_model, "packed"):
         assert export.relative_error(packed(inputs)[0], override(inputs)[0]) <= 1e-5
 
 
-def test_a_missing_override_would_be_seen(model, onnx_graph):
-    unanchored = export.build_graph(model, "unanchored")
+def test_a_missing_override_would_be_seen(small_model, onnx_graph):
+    unanchored = export.build_graph(small_model, "unanchored")
     for form in ("override", "packed"):
-        run = runner(model, "onnx", onnx_graph(form, "fp32"), form)
-        for inputs in cases(model, form):
+        run = runner(small_model, "onnx", onnx_graph(form, "fp32"), form)
+        for inputs in cases(small_model, form):
             if len(inputs["latents"]) > 1:
                 assert export.relative_error(export.run_module(unanchored, torch.float32, inputs)[0], run(inputs)[0]) > 1e-2
 
 
-def test_groups_read_their_own_anchor(model):
+def test_groups_read_their_own_anchor(small_model):
     """Both branches as rows of one group, which is how the conditional anchor would leak into the unconditional half, is another function."""
-    one = export.build_graph(model, "override", groups=1)
-    for inputs in cases(model, "override"):
+    one = export.build_graph(small_model, "override", groups=1)
+    for inputs in cases(small_model, "override"):
         both = {k: torch.cat([v, v]) for k, v in inputs.items() if k in ("latents", "timesteps")}
         leak = export.run_module(one, torch.float32, inputs | both | dict(conditioning=inputs["conditioning"].transpose(0, 1).flatten(0, 1)[:, None]))[0]
         noise, base = (x.chunk(2, 2)[0] for x in leak.chunk(2))
-        expected = export.reference(model, "override", inputs)[0].chunk(2, 2)[0]
+        expected = export.reference(small_model, "override", inputs)[0].chunk(2, 2)[0]
         assert export.relative_error(base + 2.0 * (noise - base), expected) > 1e-2
 
 
-def test_row_0_decides_for_all_rows_and_they_share_the_anchor(model, onnx_graph):
+def test_row_0_decides_for_all_rows_and_they_share_the_anchor(small_model, onnx_graph):
     for form in ("override", "packed"):
-        run = runner(model, "onnx", onnx_graph(form, "fp32"), form)
-        inputs = export.example(model.config, form, 5, anchor=2)
+        run = runner(small_model, "onnx", onnx_graph(form, "fp32"), form)
+        inputs = export.example(small_model.config, form, 5, anchor=2)
         result = run(inputs)[0]
         assert all(torch.equal(row[2], result[0, 2]) for row in result)
         assert not torch.equal(result[0, 1], result[1, 1])
@@ -121,40 +80,6 @@ def test_row_0_decides_for_all_rows_and_they_share_the_anchor(model, onnx_graph)
         other = dict(inputs, latents=inputs["latents"].clone())
         other["latents"][3] = torch.randn_like(other["latents"][3])
         assert ((run(other)[0] - result).flatten(1).abs().amax(1) > 1e-3).tolist() == [False, False, False, True, False]
-
-
-@pytest.mark.parametrize("form", ["override", "packed", "rest"])
-def test_half_precision(model, onnx_graph, tmp_path, form):
-    for precision in ("fp16", "bf16"):
-        path = onnx_graph(form, precision)
-        inputs_of = {v.name: v.type.tensor_type.elem_type for v in onnx.load(path, load_external_data=False).graph.input}
-        assert inputs_of["latents"] == dict(fp16=onnx.TensorProto.FLOAT16, bf16=onnx.TensorProto.BFLOAT16)[precision]
-        module = export.build_graph(model, form, precision)
-        if precision == "bf16":
-            path = export.upcast(path, tmp_path)
-        run = runner(model, "onnx", path, form, "fp16" if precision == "fp16" else "fp32")
-        for inputs in cases(model, form):
-            expected = export.reference(model, form, inputs)
-            for results in (run(inputs), export.run_module(module, export.PRECISIONS[precision], inputs)):
-                for a, b in zip(results, expected, strict=True):
-                    assert export.relative_error(a, b) <= export.TOLERANCE[precision]
-                    if precision == "fp16":
-                        assert torch.cosine_similarity(a.flatten().double(), b.flatten().double(), 0) >= 0.9995
-    assert export.build_graph(model, form).position.dtype == torch.float32      # the model itself is as before
-
-
-@pytest.mark.parametrize("precision", list(export.PRECISIONS))
-@pytest.mark.parametrize("form", ["override", "packed", "rest"])
-def test_structure(model, onnx_graph, form, precision):
-    proto = onnx.load(onnx_graph(form, precision), load_external_data=False)
-    operators = [node.op_type for node in proto.graph.node]
-    assert set(operators) <= TENSORRT_OPERATORS
-    assert operators.count("Softmax") == model.config.depth * (2 if form == "packed" else 1)    # attentions
-    axes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in [*proto.graph.input, *proto.graph.output]}
-    rows = axes["latents"][0]
-    assert isinstance(rows, str) and rows and all(axes[name][0] == rows for name in (*export.OPEN, "output"))
-    assert all(isinstance(n, int) for name in axes for n in axes[name][name in (*export.OPEN, "output"):])
-    assert {o.version for o in proto.opset_import if not o.domain} == {export.OPSET}
 
 
 class Arguments:
@@ -167,27 +92,27 @@ class Arguments:
 
 
 @pytest.fixture(scope="module")
-def engine(model, tmp_path_factory):
+def engine(small_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
-    return export.load_engine(export.export(model, "digest", "onnx", Arguments(folder), CPU), "digest")
+    return export.load_engine(export.export(small_model, "digest", "onnx", Arguments(folder), CPU), "digest")
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_engines_sample_videos_of_any_length(model, engine, guidance):
+def test_engines_sample_videos_of_any_length(small_model, engine, guidance):
     torch.manual_seed(1)
     conditions = [torch.randn(30, 64) for _ in range(1 if guidance == 1 else 2)]
     settings = sample.Settings(steps=20, sampler="ddim", guidance=guidance)
-    by_model, by_engine = (sample.sample_video(m, conditions, settings) for m in (model, engine))
+    by_model, by_engine = (sample.sample_video(m, conditions, settings) for m in (small_model, engine))
     limited = sample.sample_video(type(engine)(**dict(vars(engine), rows=2)), conditions, settings)         # a video longer than the engine's rows
     for frame in range(30):
         assert export.relative_error(by_engine(frame), by_model(frame)) <= 1e-3
         assert export.relative_error(limited(frame), by_model(frame)) <= 1e-3
-    banks = [sample.sample_first(m, *first_row(model, conditions), settings, 2)[1] for m in (model, engine)]
+    banks = [sample.sample_first(m, *first_row(small_model, conditions), settings, 2)[1] for m in (small_model, engine)]
     for of_model, of_engine in zip(*banks, strict=True):
         assert export.relative_error(of_engine[:, :, :len(conditions)], torch.cat(of_model, 2)) <= 1e-3
 
 
-def first_row(model, conditions):
+def first_row(small_model, conditions):
     frames = np.arange(4)[None]
     return sample.frame_noise(0, frames, (4, 8, 8)).float(), frames, [c[:4][None] for c in conditions]
 
@@ -207,34 +132,34 @@ def test_the_demo_by_an_engine(tmp_path, monkeypatch):
         sample.reenact(out=tmp_path / "x.mp4", engine=folder, method="independent")
 
 
-def test_what_does_not_fit_is_refused(model, engine, tmp_path, monkeypatch):
+def test_what_does_not_fit_is_refused(small_model, engine, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="not an export"):
         export.load_engine(tmp_path)
-    folder = export.export(model, "digest", "torchscript", Arguments(tmp_path), CPU)
+    folder = export.export(small_model, "digest", "torchscript", Arguments(tmp_path), CPU)
     with pytest.raises(UserError, match="another model"):
         export.load_engine(folder, "another")
     (folder / "rest.ts").write_bytes(b"torn")
     with pytest.raises(UserError, match="rest.ts is missing or not what was written"):
         export.load_engine(folder, "digest")
-    override = export.export(model, "digest", "torchscript", Arguments(tmp_path, form="override"), CPU)
+    override = export.export(small_model, "digest", "torchscript", Arguments(tmp_path, form="override"), CPU)
     with pytest.raises(UserError, match="--form packed"):
         export.load_engine(override)
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setitem(export.TOLERANCE, "fp32", 1e-12)
     with pytest.raises(UserError, match="nothing was written"):
-        export.export(model, "digest", "torchscript", Arguments(tmp_path), CPU)
+        export.export(small_model, "digest", "torchscript", Arguments(tmp_path), CPU)
     assert sorted(tmp_path.rglob("*")) == before                                # the one before stays
 
 
-def test_a_wrong_graph_is_found(model, tmp_path):
+def test_a_wrong_graph_is_found(small_model, tmp_path):
     """The comparison that every export goes through fails on a graph without the override."""
-    path = export.write_torchscript(export.build_graph(model, "unanchored"), "override", tmp_path)
+    path = export.write_torchscript(export.build_graph(small_model, "unanchored"), "override", tmp_path)
     with pytest.raises(UserError, match="differs from the model"):
-        export.check(model, "torchscript", path, "override", "fp32", 2, CPU, [4, 8])
+        export.check(small_model, "torchscript", path, "override", "fp32", 2, CPU, [4, 8])
 
 
-def test_manifest(engine, model, tmp_path):
-    folder = export.export(model, "digest", "torchscript", Arguments(tmp_path), CPU)
+def test_manifest(engine, small_model, tmp_path):
+    folder = export.export(small_model, "digest", "torchscript", Arguments(tmp_path), CPU)
     about = json.loads((folder / "manifest.json").read_text())
     assert about["files"] == dict(packed="packed.ts", rest="rest.ts") and about["versions"]["torch"]
     assert about["bytes"]["packed.ts"] == (folder / "packed.ts").stat().st_size

@@ -1,0 +1,44 @@
+"""A small model, and its graphs in ONNX, each written once for all tests of exports."""
+import itertools
+
+import pytest
+import torch
+
+import export
+import sdit
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def small_model():
+    """2 blocks, 64 wide, no weight zero."""
+    torch.manual_seed(0)
+    small = sdit.SDiT(sdit.SDiTConfig(name="small", depth=2, width=64, heads=4, patch=2, frames=4, latent_channels=4, latent_size=8, scene_width=16))
+    for m in (*small.blocks, small.final_layer):
+        torch.nn.init.normal_(m.adaLN_modulation[1].weight, std=0.2)
+        torch.nn.init.normal_(m.adaLN_modulation[1].bias, std=0.2)
+    torch.nn.init.xavier_uniform_(small.final_layer.linear.weight)
+    return small.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def onnx_graph(small_model, tmp_path_factory):
+    """(form, precision) -> path, written once."""
+    paths = {}
+
+    def write(form, precision):
+        if (form, precision) not in paths:
+            folder = tmp_path_factory.mktemp(f"{form}-{precision}")
+            paths[form, precision] = export.write_onnx(export.build_graph(small_model, form, precision), form, folder)
+        return paths[form, precision]
+    return write
+
+
+def runner(model, kind, path, form, precision="fp32", groups=2):
+    return export.load_runner(kind, path, model.config, form, groups, export.PRECISIONS[precision], CPU)
+
+
+def cases(model, form, groups=2):
+    for seed, (rows, slot, t) in enumerate(itertools.product((1, 2, 5), (0, 1, 3), (0, 500, 999))):
+        yield export.example(model.config, form, rows, groups, slot, t, seed)
