@@ -674,7 +674,7 @@ def read_index(folder, frames):
             f"no cache in {folder} (no index.json); make one: python data.py CLIPS --out {folder}"
         raise UserError(unfinished)
     index = json.loads(path.read_text())
-    if max(s["longest"] for s in index["shards"]) < frames + 2:
+    if max((s["longest"] for s in index["shards"]), default=0) < frames + 2:
         raise UserError(f"no clip in {folder} has {frames + 2} frames, which rows of {frames} need; cache longer clips")
     return index
 

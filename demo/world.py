@@ -338,12 +338,12 @@ def main():
     for name, default in dict(clips=8, frames=48, size=128, fps=24, seed=0).items():
         ap.add_argument(f"--{name}", type=int, default=default)
     a = ap.parse_args()
-    import imageio.v2 as imageio
+    import imageio.v3 as imageio
     a.out.mkdir(parents=True, exist_ok=True)
     captions = {}
     for i in range(a.clips):
         video, captions[f"{i:04d}.mp4"], _, _ = sample_clip([a.seed, i], a.frames, a.size, a.fps)
-        imageio.mimwrite(a.out / f"{i:04d}.mp4", video, fps=a.fps, quality=8, macro_block_size=8)
+        imageio.imwrite(a.out / f"{i:04d}.mp4", video, fps=a.fps, codec="libx264", plugin="pyav")
     (a.out / "captions.json").write_text(json.dumps(captions, indent=1))
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 import data
 import sdit
+import world
 from conftest import write_video
 
 
@@ -355,3 +356,10 @@ def test_openais_clip_is_built_with_its_own_activation():
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in published.state_dict().items()}
     assert round(sum(p.numel() for p in ours.parameters()) / 1e6, 1) == 427.6
     assert {type(m).__name__ for m in ours.modules() if "GELU" in type(m).__name__} == {"QuickGELU"}
+
+
+def test_world_writes_clips_for_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["world.py", str(tmp_path), "--clips", "2", "--frames", "3", "--size", "64"])
+    world.main()
+    assert [len(data.Video(tmp_path / f"{i:04d}.mp4")) for i in range(2)] == [3, 3]
+    assert len(json.loads((tmp_path / "captions.json").read_text())) == 2
