@@ -204,7 +204,9 @@ def find_weights(name, folder):
 def load_inception(folder):
     """(M, h, w, 3) uint8 -> (M, 2048): the network of FID, TensorFlow's resizing."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    net = FeatureExtractorInceptionV3("inception", ["2048"], str(find_weights("weights-inception-2015-12-05-6726825d.pth", folder)))
+    path = find_weights("weights-inception-2015-12-05-6726825d.pth", folder)
+    torch.load(path, map_location="cpu", weights_only=True)                     # torch-fidelity does not look: tensors and nothing else
+    net = FeatureExtractorInceptionV3("inception", ["2048"], str(path))
     return lambda images: torch.cat([net(torch.from_numpy(x).movedim(-1, 1))[0] for x in np.array_split(images, -(-len(images) // 16))]).numpy()
 
 

@@ -127,6 +127,13 @@ def test_cuts_and_dissolves_are_found():
     assert hits / (hits + wrong) >= 0.98 and hits / (hits + missed) >= 0.95, (hits, wrong, missed)
 
 
+def test_a_cut_within_shaking_is_found():
+    """Every frame differs by 9 from the one before, so that a cut of 30 does not stand alone; it is large enough by itself."""
+    levels = np.where(np.arange(40) % 2, 109, 100) + np.where(np.arange(40) >= 20, 39, 0)
+    thumbs = np.broadcast_to(levels[:, None, None, None], (40, 24, 24, 3)).astype(np.uint8)
+    assert (20, 20) in curate.transitions(thumbs)
+
+
 def test_search_stops_where_the_site_refuses_and_goes_on(tmp_path, monkeypatch, capsys):
     """A stand-in for yt-dlp writes down its arguments; the second call is refused."""
     program = tmp_path / "bin" / "yt-dlp"
