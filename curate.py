@@ -8,8 +8,8 @@
     python curate.py stats --out clips                 # the paper's Figs. 10 to 13: stats.png, and a table beside the paper's means
     torchrun --nproc_per_node=8 curate.py detect VIDEOS --out clips            # the same work shared, with nothing in common but the folder
 
-VIDEOS may be a folder tree of videos; with celebvhq_info.json, or VFHQ's Clip+ID+...txt, in it, of the videos that those name, from which only
-the listed times and faces are taken; RAVDESS is known by its file names. Every stage keeps one file a video in OUT/STAGE, so nothing is done
+If VIDEOS holds celebvhq_info.json or VFHQ's Clip+ID+...txt, only the videos, times and faces listed there are used; RAVDESS is known by its file
+names. With torchrun, give the same command once more without it at the end: it writes the histogram or the manifest. Every stage keeps one file a video in OUT/STAGE, so nothing is done
 twice, and a video that crashes the decoder is a line of the manifest.
 """
 import argparse
@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import cv2
 import numpy as np
 import torch
@@ -87,7 +88,7 @@ def list_sources(folder, out):
     if not Path(folder).is_dir():
         raise UserError(f"no such folder: {folder}")
     written = [(out / split).absolute() for split in ("train", "test")]
-    files = [p for p in sorted(Path(folder).rglob("*")) if not p.name.startswith(".") and not any(w in p.absolute().parents for w in written)]
+    files = [p for p in data.list_files(folder, data.VIDEOS | {".txt", ".json"}) if not any(w in p.absolute().parents for w in written)]
     videos = [p for p in files if p.suffix.lower() in data.VIDEOS]
     spans = {}
     for path in files:
@@ -144,7 +145,7 @@ def search(a):
             raise UserError(f"the site refuses ({run.stderr.strip().splitlines()[-1]}); wait some hours, then give the same command: it goes on at {query!r}")
         done_now = run.returncode == 0 or fetched() > before                    # single videos that are gone do not stop a query; no network does
         with open(log, "a") as f:
-            f.write(json.dumps(dict(query=query, done=done_now, code=run.returncode, last=run.stderr.strip().splitlines()[-1:])) + "\n")
+            f.write("\n" + json.dumps(dict(query=query, done=done_now, code=run.returncode, last=run.stderr.strip().splitlines()[-1:])) + "\n")
         if not done_now:
             print(f"nothing came of {query!r} ({''.join(run.stderr.strip().splitlines()[-1:])}); the same command tries it again", file=sys.stderr)
     print(f"{sum(p.suffix in data.VIDEOS for p in (a.out / 'videos').glob('*'))} videos in {a.out / 'videos'}; next: python curate.py run {a.out / 'videos'} --out {a.out}")
@@ -172,7 +173,7 @@ def transitions(thumbs, chunk=4096, margin=64):
 
 
 def shots_end(x):
-    """`transitions` of a piece, float."""
+    """Cuts and dissolves in one piece, float."""
     step = np.abs(np.diff(x, axis=0)).mean((1, 2, 3))                           # (M - 1,), between frames i and i + 1
     found = []
     for i, d in enumerate(step):
@@ -223,17 +224,16 @@ def mesh_box(points):
     return [*points[:468, :2].min(0).tolist(), *points[:468, :2].max(0).tolist()]
 
 
-def key_frames_have_a_face(path, landmarker, most=12):
-    """Whether any of some key frames, spread over the video, shows one: most videos without faces are dropped for the price of these."""
-    with data.open_video(path) as container:
+def key_frames_have_a_face(video, landmarker):
+    """Whether any key frame shows one: videos without faces are dropped for the price of these. True, too, where there is less than one key
+    frame in five seconds, too few to tell."""
+    count = 0
+    with data.open_video(video.path) as container:
         container.streams.video[0].codec_context.skip_frame = "NONKEY"
-        for i in range(most if container.duration else 1):
-            if container.duration:
-                container.seek(int(container.duration * i / most))
-            frame = next(container.decode(video=0), None)
-            if frame is not None and next(landmarker.everyone(data.upright(frame)), None) is not None:
+        for count, frame in enumerate(container.decode(video=0), 1):
+            if next(landmarker.everyone(data.upright(frame)), None) is not None:
                 return True
-        return not container.duration                                           # a stream that cannot be sought in is looked at in full
+    return count < len(video) / video.fps / 5
 
 
 def link(samples, stops):
@@ -352,7 +352,7 @@ def detect(source, a):
     """Candidates of a video."""
     landmarker = get_landmarker()
     video = data.Video(source.path)
-    if source.spans is None and not key_frames_have_a_face(source.path, landmarker):
+    if source.spans is None and not key_frames_have_a_face(video, landmarker):
         return [dict(start=0, end=len(video), reason="no face in its key frames")]
     thumbs, samples, shape = scan(video, source.spans, landmarker)
     M, every, found = len(thumbs), max(1, round(video.fps / SAMPLES)), transitions(thumbs)
@@ -363,7 +363,8 @@ def detect(source, a):
     wanted = [(*limits(t, [o for o in tracks if o is not t], shots, every, M), t) for t in tracks if len(t) > 1]
     candidates = []
     for (first, end, track), points in zip(wanted, look_closer(video, wanted, landmarker) if wanted else ()):
-        others = {f: [box for box in boxes if overlap(box, track.get(f, track[min(track, key=lambda g: abs(g - f))])) < 0.3] for f, boxes in samples.items()}
+        others = {f: [box for box in boxes if overlap(box, track.get(f, track[min(track, key=lambda g: abs(g - f))])) < 0.3]
+                  for f, boxes in samples.items() if first <= f < end}
         for begin, stop, listed in source.spans or [(0, math.inf, None)]:
             low, high = max(first, math.ceil(begin * video.fps)), int(min(end, stop * video.fps)) if stop < math.inf else end
             if high <= low:
@@ -393,7 +394,7 @@ def crops(source, candidates, size=None, every=None):
 @torch.no_grad()
 def validate(source, a, candidates):
     """Every candidate with its smallest cosine to its first frame, by CLIP and, where given, ArcFace (paper: "max ArcFace and CLIP distance
-    from frame 1"), and the reason where that is too small."""
+    from frame 1"); `write` has the thresholds, so that they can be set by the histogram without measuring again."""
     encoder, arcface, iqa = get_encoder(str(a.clip)), get_net("arcface", a.arcface), get_net("hyperiqa", a.hyperiqa)
     vectors = [dict(clip=[], arcface=[], hyperiqa=[]) for _ in candidates]
     for i, f, image in crops(source, candidates, 256, SAMPLES):
@@ -407,11 +408,9 @@ def validate(source, a, candidates):
     result = []
     for c, v in zip(candidates, vectors):
         c = dict(c)
-        for name, threshold in (("clip", a.min_clip), ("arcface", a.min_arcface)):
+        for name in ("clip", "arcface"):
             if v[name]:
                 c[f"{name}_cosine"] = round(float(min(np.stack(v[name]) @ v[name][0])), 4)
-                if c["reason"] is None and c[f"{name}_cosine"] < threshold:
-                    c["reason"] = f"{'CLIP' if name == 'clip' else 'ArcFace'} cosine to the first frame below {threshold:g}"
         if v["hyperiqa"]:
             c["hyperiqa"] = round(float(np.mean(v["hyperiqa"])), 2)
         result.append(c)
@@ -423,15 +422,28 @@ def split_of(identity, share):
     return "test" if zlib.crc32(identity.encode()) % 10000 < share * 10000 else "train"
 
 
+def another_scene(c, a):
+    """The reason to leave a candidate out whose cosines are below the thresholds, or None."""
+    for name, title, threshold in (("clip", "CLIP", a.min_clip), ("arcface", "ArcFace", a.min_arcface)):
+        if c.get(f"{name}_cosine", 1) < threshold:
+            return f"{title} cosine to the first frame below {threshold:g}"
+
+
+def drop_entries(source, out):
+    """Entries of the drop list that are about a video."""
+    names = {source.name, source.path.stem, source.path.name, source.identity}
+    return sorted(entry for entry in read_drop(out) if entry in names or source.key in entry)
+
+
 def write(source, a, candidates):
-    """Write the clips of a video: square, `--size` pixels, H.264. Every candidate gets its name, or what was dropped its reason."""
-    dropped = read_drop(a.out)
+    """Write the clips of a video: square, `--size` pixels, H.264. Every candidate gets its name, or its reason."""
+    dropped = drop_entries(source, a.out)
     folder, writers, result = a.out / split_of(source.identity, a.test), {}, []
-    for i, c in enumerate(candidates):
-        name = f"{source.key}-{i:04d}"
+    for c in candidates:
+        name = "-".join([source.key, f"{c['start']:06d}", *(f"{v:04d}" for v in (c.get("square") or ())[:2])])   # by what it shows, so that it stays
         clip = f"{folder.name}/{name}.mp4"
-        on_list = dropped & {name, f"{name}.mp4", clip, source.name, source.path.stem, source.path.name, source.identity}
-        c = dict(c, reason=c["reason"] or ("on the drop list" if on_list else None))
+        on_list = any(source.key not in entry or Path(entry).stem == name for entry in dropped)
+        c = dict(c, reason=c["reason"] or another_scene(c, a) or ("on the drop list" if on_list else None))
         result.append(c | (dict(clip=clip) if c["reason"] is None else {}))
     keep = {c.get("clip") for c in result}
     for split in ("train", "test"):                                             # of other settings, or of a run that was killed
@@ -474,8 +486,8 @@ def get_net(name, folder):
     return getattr(evaluate, f"load_{name}")(folder) if folder else None
 
 
-STAGES = dict(detect=(detect, ("min_seconds", "min_side")), validate=(validate, ("clip", "min_clip", "arcface", "min_arcface", "hyperiqa")),
-              write=(write, ("size", "test")))
+STAGES = dict(detect=(detect, ("min_seconds", "min_side")), validate=(validate, ("clip", "arcface", "hyperiqa")),
+              write=(write, ("min_clip", "min_arcface", "size", "test")))
 
 
 def read_drop(out):
@@ -490,10 +502,10 @@ def stage_key(a, stage, source):
     values = {k: str(getattr(a, k)) for k in STAGES[stage][1]}
     if stage == "detect":
         stat = source.path.stat()
-        return values | dict(size=stat.st_size, modified=stat.st_mtime_ns, spans=source.spans)
+        return values | dict(path=str(source.path), size=stat.st_size, modified=stat.st_mtime_ns, spans=source.spans)
     before = read_stage(a.out / names[names.index(stage) - 1] / f"{source.key}.json") or {}
     values["before"] = zlib.crc32(json.dumps(before.get("candidates")).encode())
-    return values | (dict(drop=sorted(read_drop(a.out))) if stage == "write" else {})
+    return values | (dict(drop=drop_entries(source, a.out)) if stage == "write" else {})
 
 
 def read_stage(path):
@@ -514,37 +526,32 @@ def work(stage, source, a):
     return STAGES[stage][0](source, a, *(i["candidates"] for i in inputs))
 
 
-def attempt(pool, stage, source, a):
-    """(candidates, final): the result of one stage on one video in another process. What the video itself is to blame for is final, and so is
-    a process that dies of it twice; what may be the machine's fault (memory, disk) is tried again by the next run."""
-    for last in (False, True):
+@functools.cache
+def worker():
+    """One process that does the work: a video that crashes the decoder takes it down, and not the run."""
+    return concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+
+
+def attempt(stage, source, a):
+    """(candidates, final): the result of one stage on one video. What a file that is there is to blame for is final; what may be the machine's
+    fault (memory, disk, a folder that is not mounted; a decoder's crash, perhaps) is tried again by the next run."""
+    for _ in range(2):
         try:
-            return pool().submit(work, stage, source, a).result(), True
+            return worker().submit(work, stage, source, a).result(), True
         except concurrent.futures.process.BrokenProcessPool:
-            pool(new=True)
-        except UserError as e:
-            return [dict(start=0, end=0, reason=str(e).replace(str(source.path), source.path.name))], True
+            worker.cache_clear()
+        except (UserError, av.FFmpegError) as e:
+            return [dict(start=0, end=0, reason=str(e).replace(str(source.path), source.path.name))], source.path.exists()
         except Exception as e:                                                  # whatever goes wrong with a video, the rest goes on
             return [dict(start=0, end=0, reason=f"{type(e).__name__}: {e}")], False
-    return [dict(start=0, end=0, reason="crashed the decoder")], True
-
-
-class Pool:
-    """One worker process, made when it is first needed, and anew on request."""
-
-    executor = None
-
-    def __call__(self, new=False):
-        if new or self.executor is None:
-            self.executor = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        return self.executor
+    return [dict(start=0, end=0, reason="crashed the decoder")], False
 
 
 def run_stage(stage, sources, a):
     """One stage over this rank's share of the sources."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     (a.out / stage).mkdir(parents=True, exist_ok=True)
-    counts, pool, frames, began = Counter(), Pool(), 0, time.perf_counter()
+    counts, frames, began = Counter(), 0, time.perf_counter()
     mine = [s for s in sources if zlib.crc32(s.key.encode()) % world == rank]   # the same share, whatever else there is
     todo = [s for s in mine if (read_stage(a.out / stage / f"{s.key}.json") or {}).get("key") != json.loads(json.dumps(stage_key(a, stage, s)))]
     bar = tqdm(todo, f"{stage}, rank {rank}" if world > 1 else stage, unit="video", disable=None)
@@ -552,17 +559,13 @@ def run_stage(stage, sources, a):
         if shutil.disk_usage(a.out).free < 2 ** 30:
             raise UserError(f"less than 1 GiB is free under {a.out}; make room and give the same command")
         key = stage_key(a, stage, source)
-        candidates, final = attempt(pool, stage, source, a)
+        candidates, final = attempt(stage, source, a)
         path = a.out / stage / f"{source.key}.json"
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         about = dict(video=source.name, identity=source.identity, path=str(source.path))
-        temporary.write_text(json.dumps(dict(about, key=key if final else None, candidates=candidates)))
-        os.replace(temporary, path)
+        data.write_text(path, json.dumps(dict(about, key=key if final else None, candidates=candidates)))
         counts.update("kept" if c["reason"] is None else re.sub(r"[\d.]+", "N", c["reason"]) for c in candidates)
         frames += sum(c["end"] - c["start"] for c in candidates)
         bar.set_postfix(kept=counts["kept"], left_out=sum(counts.values()) - counts["kept"])
-    if pool.executor:
-        pool.executor.shutdown()
     seconds = time.perf_counter() - began
     print(f"{stage}: {len(todo)} videos, {len(todo) / seconds * 3600:,.0f} an hour" + (f", {frames / seconds:.0f} frames of candidates a second" if frames else ""))
     for reason, n in counts.most_common():
@@ -581,9 +584,7 @@ def write_manifest(a):
     """OUT/manifest.jsonl: a line for every candidate of every video that went through `write`, in order."""
     lines = [json.dumps(dict(video=c["video"], identity=c["identity"], split=split_of(c["identity"], a.test), **candidate))
              for _, c in list_done(a, "write") for candidate in c["candidates"]]
-    temporary = a.out / f"manifest.{os.getpid()}.tmp"
-    temporary.write_text("\n".join(lines) + "\n")
-    os.replace(temporary, a.out / "manifest.jsonl")
+    data.write_text(a.out / "manifest.jsonl", "\n".join(lines) + "\n")
     kept = sum('"reason": null' in line for line in lines)
     for name in ("train", "test"):
         if kept and not any(f'"clip": "{name}/' in line for line in lines):
@@ -635,8 +636,8 @@ def arguments():
     ap.add_argument("source", type=Path, nargs="?", help="folder of videos; of `search`: a file of queries")
     ap.add_argument("--out", type=Path, default=Path("clips"))
     ap.add_argument("--top", type=int, default=20, help="of `search`: videos a query (the paper's 20)")
-    ap.add_argument("--min-side", type=int, default=400, help="pixels of a clip's square at least (the paper: faces of 400, which cannot be the face's own box)")
-    ap.add_argument("--min-seconds", type=float, default=2.0, help="seconds that a clip is longer than")
+    ap.add_argument("--min-side", type=int, default=400, help="pixels of a clip's square at least (the paper's 400 cannot be the face's own box: its clips would be larger than they are)")
+    ap.add_argument("--min-seconds", type=float, default=2.0, help="clips are longer than this")
     ap.add_argument("--clip", default=DEMO / "clip.safetensors", help="CLIP of `validate`: a file, or ViT-L-14, the paper's")
     ap.add_argument("--min-clip", type=float, default=0.75, help="smallest CLIP cosine to the first frame; see histogram.png")
     ap.add_argument("--arcface", type=Path, help="folder with w600k_r50.onnx (weights for research only): ArcFace too")
@@ -654,31 +655,37 @@ def main():
         return search(a)
     if a.command == "stats":
         return stats(a)
-    if a.command == "run" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if a.command == "run" and not alone:
         raise UserError("with several processes give the stages one after the other: detect, validate, write; each waits for all")
     if a.drop:
         if not a.drop.is_file():
             raise UserError(f"no such file: {a.drop}")
         a.out.mkdir(parents=True, exist_ok=True)
-        (a.out / "drop.txt").write_text("\n".join(sorted(read_drop(a.out) | {x.strip() for x in a.drop.read_text().splitlines()} - {""})) + "\n")
+        data.write_text(a.out / "drop.txt", "\n".join(sorted(read_drop(a.out) | {x.strip() for x in a.drop.read_text().splitlines()} - {""})) + "\n")
+    if a.size < 2 or a.size % 2 or not 0 <= a.test <= 1:
+        raise UserError("--size is an even number of pixels, --test a share from 0 to 1")
     if a.command in ("run", "validate"):
-        sdit.fetch(str(a.clip))
         if not Path(sdit.fetch(str(a.clip))).is_file():
             raise UserError(f"no such file: {a.clip}")
         if Path(a.clip).resolve().parent == DEMO:
             print("note: the bundled CLIP has seen rendered faces only; for real ones give --clip ViT-L-14")
-    for net in ("arcface", "hyperiqa"):
-        get_net(net, getattr(a, net))                                           # a missing file is said before the work
+    for folder, name in (a.arcface, "w600k_r50.onnx"), (a.hyperiqa, "koniq_pretrained.pkl"):
+        if folder:
+            import evaluate
+            evaluate.find_weights(name, folder)                                 # a missing file is said before the work
     if a.command in ("run", "detect"):
         if a.source is None:
             raise UserError(f"name the folder of videos: python curate.py {a.command} VIDEOS --out {a.out}")
         run_stage("detect", list_sources(a.source, a.out), a)
     if a.command in ("run", "validate"):
         run_stage("validate", [s for s, _ in list_done(a, "detect")], a)
-        histogram(a)
+        if alone:
+            histogram(a)
     if a.command in ("run", "write"):
         run_stage("write", [s for s, _ in list_done(a, "validate")], a)
-        write_manifest(a)
+        if alone:
+            write_manifest(a)
     if a.command == "run":
         stats(a)
 

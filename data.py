@@ -70,11 +70,10 @@ class Video:
         with open_video(path) as container:
             stream = container.streams.video[0]
             try:
-                packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
+                times = [p.dts if p.pts is None else p.pts for p in container.demux(stream) if p.size and not p.is_discard]
             except av.FFmpegError as e:
                 raise UserError(f"{path} cannot be read to its end ({e.strerror}); re-encode it") from None
             self.fps = Fraction(stream.average_rate or stream.guessed_rate or 25)
-            times = [p.dts if p.pts is None else p.pts for p in packets]
             if None in times:                                                   # a raw stream: no timing but its rate
                 times = np.arange(len(times)) / float(self.fps)
             else:
@@ -117,13 +116,15 @@ def upright(frame):
 
 def read_picture(path):
     """(h, w, 3) uint8 of a still picture: EXIF rotation applied, transparency over white, 16 bits scaled to 8; None for a
-    file that is not a picture (a video, perhaps)."""
+    file that is not a picture (a video, perhaps). UserError where it is one by name only."""
     if not Path(path).is_file():
         raise UserError(f"no such file: {path}")
     try:
         image = ImageOps.exif_transpose(Image.open(path))
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:           # SyntaxError: PIL's word for a broken PNG
+        if Path(path).suffix.lower() not in PICTURES:
+            return None
+        raise UserError(f"{path} is not a picture that can be read ({e}); save it again") from None
     if image.mode.startswith("I"):                                              # 16-bit grey
         image = Image.fromarray((np.asarray(image).astype(np.float64) / 256).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "P"):
@@ -295,8 +296,12 @@ class FaceLandmarker:
 
     def __call__(self, image, near=None):
         """Landmarks of the face of `image`: the largest, or, with `near` (landmarks of an earlier frame), the same
-        person's, which is the one whose mesh overlaps; None where there is none."""
-        return next((points for points in self.everyone(image) if near is None or overlap(points, near) > 0.1), None)
+        person's, which is the one whose mesh overlaps most; None where there is none."""
+        faces = self.everyone(image)
+        if near is None:
+            return next(faces, None)
+        points = max(faces, key=lambda points: overlap(points, near), default=None)
+        return points if points is not None and overlap(points, near) > 0.1 else None
 
 
 def overlap(a, b):
@@ -352,15 +357,16 @@ def pick_face(faces, number, name):
 
 
 def track(frames, landmarker, name, total=None, number=0):
-    """Follow a face through `frames`, an iterable of (h, w, 3) uint8: of the first frame that has one, the largest, or face `number`."""
-    points, last, faces = [], None, []
+    """Follow a face through `frames`, an iterable of (h, w, 3) uint8: of the first frame that has one, the largest, or face `number`. After
+    24 frames without it (a cut, a walk out of the picture) the largest face is followed."""
+    points, last, lost, faces = [], None, 0, []
     for image in tqdm(frames, "landmarks", total, unit="frame", leave=False, disable=True if total is None else None):
         if last is None:
             faces = list(landmarker.everyone(image))
             here = pick_face(faces, number, name) if faces else None
         else:
-            here = landmarker(image, last)
-        last = last if here is None else here
+            here = landmarker(image, last if lost < 24 else None)
+        last, lost = (last, lost + 1) if here is None else (here, 0)
         points.append(np.full((LANDMARKS, 3), np.nan, np.float32) if here is None else here)
     if last is None:
         raise no_face(name)
@@ -481,13 +487,13 @@ def encode_clip(pixels, tracked, fps, autoencoder, scene_encoder, watch=lambda p
     latent (M, C, H, W) f16, landmarks (M, 478, 3) f16, weight (M, H, W) u8, found (M,) bool, scene (2, S) f16 of the first and
     the last frame (the only ones that can be a source; see `choose_frames`), fps (2,) numerator and denominator."""
     device = next(autoencoder.parameters()).device
-    images = to_tensor(pixels)
     with watch("autoencoder"):
-        latent = torch.cat([autoencoder.encode(part.to(device)).half().cpu() for part in images.split(32)]).numpy()
+        parts = (pixels[i:i + 32] for i in range(0, len(pixels), 32))
+        latent = torch.cat([autoencoder.encode(to_tensor(part).to(device)).half().cpu() for part in parts]).numpy()
     with watch("masks"):
         weight = np.stack([expressive_mask(points, latent.shape[-1]) for points in tracked.landmarks])
     with watch("CLIP"):
-        scene = scene_encoder.images(images[[0, -1]]).half().cpu().numpy()
+        scene = scene_encoder.images(to_tensor(pixels[[0, -1]])).half().cpu().numpy()
     return dict(latent=latent, landmarks=tracked.landmarks.astype(np.float16), found=tracked.found, weight=weight, scene=scene,
                 fps=np.array(Fraction(fps).as_integer_ratio()))
 
@@ -516,10 +522,30 @@ class CacheWriter:
         shard |= {k: np.stack([r[k] for r in self.records]) for k in ("scene", "fps")}
         shard["offsets"] = np.cumsum([0] + [len(r["found"]) for r in self.records])
         enough_disk(self.folder, sum(v.nbytes for v in shard.values()))
-        number = len(list(self.folder.glob(f"shard-{self.rank:04d}-*")))
+        number = 1 + max((int(p.stem[-6:]) for p in self.folder.glob(f"shard-{self.rank:04d}-*.safetensors")), default=-1)
         sdit.write_tensors(self.folder / f"shard-{self.rank:04d}-{number:06d}.safetensors", {k: torch.from_numpy(v) for k, v in shard.items()},
                            self.entries)
         self.records, self.entries = [], []
+
+
+def begin_cache(folder, about):
+    """Note in a folder what its shards are made with; UserError where it was begun with something else."""
+    path = Path(folder) / "begun.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        begun = json.loads(path.read_text())
+        if other := [k for k, v in about.items() if begun.get(k) != v]:
+            raise UserError(f"{folder} was begun with another {' and '.join(other)}; give the same command again, or another --out")
+    write_text(path, json.dumps(about, indent=1))
+
+
+def files_done(folder):
+    """Names of the files whose record, or whose rejection, is in the folder already."""
+    done = {e["file"] for e in read_lines(folder.glob("rejected-*.jsonl"))}
+    for shard in folder.glob("shard-*.safetensors"):
+        with safetensors.safe_open(shard, "np") as f:
+            done |= {e["file"] for e in json.loads(f.metadata()["config"])}
+    return done
 
 
 def finish_cache(folder, about):
@@ -533,15 +559,29 @@ def finish_cache(folder, about):
     texts = {"manifest.jsonl": "".join(json.dumps(e) + "\n" for e in sorted(lines, key=lambda e: e["file"])),
              "index.json": json.dumps(about | dict(shards=shards), indent=1)}
     for name, text in texts.items():                                            # the index last: with it the folder is a cache
-        temporary = folder / f"{name}.{os.getpid()}.tmp"
-        temporary.write_text(text)
-        os.replace(temporary, folder / name)
+        write_text(folder / name, text)
     return lines
 
 
+def list_files(folder, kinds):
+    """Files of a folder tree with one of the endings, sorted; hidden ones (unfinished) are left out."""
+    return sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in kinds and not p.name.startswith("."))
+
+
+def write_text(path, text):
+    """Write a text file whose name appears when it is whole."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
 def read_lines(paths):
-    """All entries of JSON-lines files; a last line that was cut off in writing is left out."""
-    return [json.loads(line) for path in paths for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    """All entries of JSON-lines files; a line that was cut off in writing is left out. (Who appends begins with a new line.)"""
+    entries = []
+    for line in (line for path in paths for line in path.read_text().splitlines()):
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
 
 
 def enough_disk(folder, needed):
@@ -644,24 +684,28 @@ class Rows(torch.utils.data.Dataset):
 
     def statistics(self, clips=2000):
         """(mean, spread) of the landmarks, (478, 3) each, and the mean scene vector (S,), over evenly spread clips."""
-        points, scenes = [], []
+        points, squares, count, scenes = 0, 0, 0, []
         for cache, (share, there) in enumerate(zip(self.shares, self.ranges)):
             for i in np.linspace(0, len(there) - 1, min(math.ceil(clips * share), len(there))).astype(int):
                 shard, clip, first, end = self._locate(cache, there[i])
-                points.append(shard.get_slice("landmarks")[first:end].float())
+                some = shard.get_slice("landmarks")[first:end].double()                             # (M, 478, 3)
+                points, squares, count = points + some.sum(0), squares + (some ** 2).sum(0), count + len(some)
                 scenes.append(shard.get_slice("scene")[clip].float())
-        points, scenes = torch.cat(points), torch.cat(scenes)
-        return points.mean(0), points.std(0).clamp_min(1e-3), scenes.mean(0)
+        mean = points / count
+        spread = (squares / count - mean ** 2).clamp_min(1e-6).sqrt()
+        return mean.float(), spread.float(), torch.cat(scenes).mean(0)
 
 
 def split_share(text):
     """"FOLDER:SHARE" or "FOLDER" -> (folder, share)."""
     folder, colon, share = str(text).rpartition(":")
     try:
-        share = float(share)
+        share = float(share if colon else 1)
     except ValueError:
+        colon = ""
+    if not colon:
         return Path(text), 1.0
-    if not colon or not 0 < share < math.inf:
+    if not 0 < share < math.inf:
         raise UserError(f"{text} is not CACHE or CACHE:SHARE with a positive share, as in cache:0.9")
     return Path(folder), share
 
@@ -707,19 +751,20 @@ def resize_to(picture, longest):
 
 
 def clip_crops(path, landmarker, size, watch):
-    """(pixels (M, size, size, 3) uint8, Track, fps) of a face clip, or of a still picture as a pseudo-clip of 8 frames a second."""
+    """(pixels (M, size, size, 3) uint8, Track, fps) of a face clip, from the first frame with the face to the last, or of a still picture
+    as a pseudo-clip of 8 frames a second."""
     if path.suffix.lower() in PICTURES:
-        picture = read_picture(path)
-        if picture is None:
-            raise UserError(f"{path} is not a picture that can be read")
-        frames, fps = list(pseudo_clip(picture, zlib.crc32(path.name.encode()))), Fraction(8)
+        frames, fps = list(pseudo_clip(read_picture(path), zlib.crc32(path.name.encode()))), Fraction(8)
     else:
         frames = Video(path)
         fps = frames.fps
     with watch("decoding, landmarks"):
         tracked = track(frames, landmarker, path)
     with watch("decoding, crops"):
-        return np.stack([crop(frame, tracked.square, size) for frame in frames]), tracked, fps
+        pixels = np.stack([crop(frame, tracked.square, size) for frame in frames])
+    known = np.flatnonzero(tracked.found)                                       # the ends may be the source: they must show the face
+    shown = slice(known[0], known[-1] + 1)
+    return pixels[shown], Track(tracked.landmarks[shown], tracked.found[shown], tracked.square), fps
 
 
 def disk_needed(paths, about):
@@ -760,20 +805,21 @@ def main():
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if (a.out / "index.json").exists():
         raise UserError(f"{a.out} already holds a cache; name another folder or remove it")
-    paths = sorted(p for p in a.clips.rglob("*") if p.suffix.lower() in VIDEOS | PICTURES)
+    paths = list_files(a.clips, VIDEOS | PICTURES)
     if not paths:
         raise UserError(f"no videos ({', '.join(sorted(VIDEOS))}) and no pictures ({', '.join(sorted(PICTURES))}) under {a.clips}")
     device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     a.autoencoder, a.clip = sdit.fetch(a.autoencoder), sdit.fetch(a.clip)
     autoencoder, scene_encoder, landmarker = sdit.load_autoencoder(a.autoencoder, device), SceneEncoder(a.clip, device), FaceLandmarker()
+    ours = DEMO in (a.autoencoder.resolve().parent, a.clip.resolve().parent)
+    if ours and rank == 0:
+        print("note: the bundled autoencoder and CLIP are for the demo's rendered faces; for real ones give --autoencoder sd-vae-ft-mse --clip ViT-L-14")
     size = a.size or (64 if a.autoencoder.resolve().parent == DEMO else 256)
+    if size < 1 or size % autoencoder.config.factor:
+        raise UserError(f"--size {size} is not a multiple of {autoencoder.config.factor}, the pixels that the autoencoder makes one cell of")
     about = cache_about(a.autoencoder, a.clip, autoencoder, scene_encoder.model.visual.output_dim, size)
-    writer, listing = CacheWriter(a.out, rank), "\n".join(map(str, paths)) + json.dumps(about)
-    finished = [a.out / f"done-{r:04d}-of-{world:04d}-{zlib.crc32(listing.encode()):08x}" for r in range(world)]
-    done = {e["file"] for e in read_lines(a.out.glob("rejected-*.jsonl"))}
-    for shard in a.out.glob("shard-*.safetensors"):
-        with safetensors.safe_open(shard, "np") as f:
-            done |= {e["file"] for e in json.loads(f.metadata()["config"])}
+    begin_cache(a.out, about | dict(clips=str(a.clips.resolve())))
+    writer, done = CacheWriter(a.out, rank), files_done(a.out)
     mine = [p for p in paths[rank::world] if str(p.relative_to(a.clips)) not in done]
     enough_disk(a.out, disk_needed(mine, about) if mine else 0)
     watch, frames = Stopwatch(), 0
@@ -786,14 +832,13 @@ def main():
                 frames += len(pixels)
             except Exception as e:                                              # whatever is wrong with a file, the rest goes on
                 entry |= dict(rejected=str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}")
-                rejected.write(json.dumps(entry) + "\n")
+                rejected.write(f"\n{json.dumps(entry)}\n")
                 rejected.flush()
             else:
                 writer.add(record, entry | dict(frames=len(pixels), missed=int((~tracked.found).sum()), square=tracked.square))
     writer.flush()
-    finished[rank].touch()
     print(f"{frames} frames; frames a second: " + ", ".join(f"{part} {frames / s:.0f}" for part, s in watch.seconds.items()))
-    if not all(p.exists() for p in finished):
+    if not {str(p.relative_to(a.clips)) for p in paths} <= files_done(a.out):
         return print(f"rank {rank} is done; the last one writes the index")
     entries = finish_cache(a.out, about)
     count = sum("rejected" in e for e in entries)

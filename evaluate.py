@@ -99,6 +99,8 @@ def self_csim(made, driving):
 def frechet(a, b):
     """Fréchet distance of the Gaussians of features a (n, d) and b (m, d): FID of Inception's, FVD of I3D's."""
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    if min(len(a), len(b)) < 2:
+        return math.nan
     found = fid_statistics_to_metric(*(fid_features_to_statistics(torch.as_tensor(x)) for x in (a, b)), False)
     return float(found["frechet_inception_distance"])
 
@@ -164,19 +166,19 @@ class HyperIQA(nn.Module):
 
 
 def hyperiqa(net, images):
-    """Quality of images (M, h, w, 3) uint8, (M,): mean over a fixed grid of 5 x 5 crops of 224 of the picture at 384 x 512 (the original
-    takes random crops; its aspect of 4 : 3 is kept)."""
-    mean, spread = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 1, 3, 1, 1)
+    """Quality of images (M, h, w, 3) uint8, (M,): mean over a fixed grid of 5 x 5 crops of 224 of the picture at 384 x 512, as in the
+    original, whose crops are random."""
+    mean, spread = net.fc5b_fc.weight.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 1, 3, 1, 1)
     scores = []
     for image in images:
-        x = F.interpolate(torch.from_numpy(image).movedim(-1, 0)[None].float() / 255, (512, 384), mode="bilinear", antialias=True)
+        x = F.interpolate(torch.from_numpy(image).to(mean.device).movedim(-1, 0)[None].float() / 255, (512, 384), mode="bilinear", antialias=True)
         tiles = [x[0, :, y:y + 224, z:z + 224] for y in np.linspace(0, 288, 5).astype(int) for z in np.linspace(0, 160, 5).astype(int)]
         with torch.no_grad():
             scores.append(net((torch.stack(tiles) - mean) / spread).mean().item())
     return np.array(scores)
 
 
-# Third-party weights: address, sha256, licence. They are looked for, by name, in --weights.
+# Third-party weights: address, sha256. They are looked for, by name, in --weights.
 INSIGHT, LATENTSYNC = "https://huggingface.co/public-data/insightface/resolve/main/models/buffalo_l", "https://huggingface.co/ByteDance/LatentSync-1.5"
 WEIGHTS = {
     "weights-inception-2015-12-05-6726825d.pth": (
@@ -201,31 +203,32 @@ def find_weights(name, folder):
     return path
 
 
-def load_inception(folder):
+def load_inception(folder, device="cpu"):
     """(M, h, w, 3) uint8 -> (M, 2048): the network of FID, TensorFlow's resizing."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     path = find_weights("weights-inception-2015-12-05-6726825d.pth", folder)
     torch.load(path, map_location="cpu", weights_only=True)                     # torch-fidelity does not look: tensors and nothing else
-    net = FeatureExtractorInceptionV3("inception", ["2048"], str(path))
-    return lambda images: torch.cat([net(torch.from_numpy(x).movedim(-1, 1))[0] for x in np.array_split(images, -(-len(images) // 16))]).numpy()
+    net = FeatureExtractorInceptionV3("inception", ["2048"], str(path)).to(device)
+    parts = lambda images: np.array_split(images, -(-len(images) // 16))
+    return lambda images: torch.cat([net(torch.from_numpy(x).to(device).movedim(-1, 1))[0] for x in parts(images)]).cpu().numpy()
 
 
-def load_i3d(folder):
+def load_i3d(folder, device="cpu"):
     """(M, h, w, 3) uint8 -> (1, 400). I3D needs 9 frames (paper silent on its 8): fewer than 16 are spread evenly over 16, so that 8 are each
     shown twice; longer videos give their first 16."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        net = torch.jit.load(find_weights("i3d_torchscript.pt", folder), map_location="cpu").eval()
+        net = torch.jit.load(find_weights("i3d_torchscript.pt", folder), map_location=device).eval()
 
     def features(images):
         images = images[np.arange(16) * min(len(images), 16) // 16]
         with torch.no_grad():
-            return net(torch.from_numpy(images).movedim(-1, 0)[None].float(), rescale=True, resize=True, return_features=True).numpy()
+            return net(torch.from_numpy(images).to(device).movedim(-1, 0)[None].float(), rescale=True, resize=True, return_features=True).cpu().numpy()
     return features
 
 
-def load_hyperiqa(folder):
-    net = HyperIQA()
+def load_hyperiqa(folder, device="cpu"):
+    net = HyperIQA().to(device)
     sdit.fill(net, torch.load(find_weights("koniq_pretrained.pkl", folder), map_location="cpu", weights_only=True), "koniq_pretrained.pkl")
     return lambda images: hyperiqa(net.eval(), images)
 
@@ -240,10 +243,10 @@ def arcface_points(points):
 
 def similarity(points, onto):
     """(2, 3) matrix of the turn, size and shift that take points (n, 2) nearest to others."""
-    (x, y), one, zero = points.T, np.ones(len(points)), np.zeros(len(points))
-    a, b, right, down = np.linalg.lstsq(np.block([[x[:, None], -y[:, None], one[:, None], zero[:, None]], [y[:, None], x[:, None], zero[:, None], one[:, None]]]),
-                                        np.concatenate(onto.T), rcond=None)[0]
-    return np.array([[a, -b, right], [b, a, down]])
+    a, b = ((p - p.mean(0)) @ (1, 1j) for p in (points, onto))                  # as complex numbers, a turn and size is one factor
+    factor = np.vdot(a, b) / np.vdot(a, a)
+    turn = np.array([[factor.real, -factor.imag], [factor.imag, factor.real]])
+    return np.c_[turn, onto.mean(0) - turn @ points.mean(0)]
 
 
 def load_arcface(folder):
@@ -267,7 +270,6 @@ def load_arcface(folder):
 @dataclasses.dataclass
 class Case:
     """One reenactment to be judged: crops are uint8 at the model's size, or 256 where videos are given."""
-    name: str
     source: np.ndarray                             # (h, h, 3)
     driving: np.ndarray                            # (M, h, h, 3)
     landmarks: np.ndarray                          # (M, 478, 3) of the driving face
@@ -280,7 +282,7 @@ def cut(path, tracked, like, frames, size):
     framing; else, and where sample.py made it, it is a square crop as it is. UserError where it has another number of frames."""
     video = data.Video(path)
     with data.open_video(path) as container:
-        ours = "anchored-diffusion" in container.metadata.get("comment", "")
+        ours = path != like.path and "anchored-diffusion" in container.metadata.get("comment", "")
     if len(video) != len(like):
         raise UserError(f"{path} has {len(video)} frames, the driving video {len(like)}; results must keep the number")
     wanted, crops = {int(f): i for i, f in enumerate(frames)}, [None] * len(frames)
@@ -302,8 +304,7 @@ def track(path, landmarker):
 
 def named(folder, name):
     """The video of a clip, by its name without ending, in a folder of results."""
-    wanted = Path(folder) / name
-    found = sorted(p for p in wanted.parent.glob("*") if p.stem == wanted.name and p.suffix.lower() in data.VIDEOS) if wanted.parent.is_dir() else []
+    found = [p for p in data.list_files(folder, data.VIDEOS) if str(p.relative_to(folder).with_suffix("")) == name]
     if not found:
         raise UserError(f"{folder} has no video {name}.*")
     return found[0]
@@ -314,7 +315,7 @@ def read_case(path, a, models, number, M, source=None, truth=None, given=None):
     of the picture `source`. `truth`, `given`: videos."""
     video = data.Video(path)
     if len(video) <= M:
-        raise UserError(f"{path} has {len(video)} frames, too few for {M} and a source")
+        raise UserError(f"{path} has {len(video)} frames; {M} and a source need {M + 1}")
     tracked = track(path, models.landmarker)
     first = int(np.random.default_rng([a.seed, number]).integers(0, len(video) - M + 1))
     chosen = np.arange(first, first + M)
@@ -323,37 +324,29 @@ def read_case(path, a, models, number, M, source=None, truth=None, given=None):
     crops = cut(path, tracked, video, [furthest, *chosen], size)
     picture = crops[0] if source is None else sample.read_source(source, models.landmarker, size, 0)[0]
     others = [p and cut(p, tracked, video, chosen, size) for p in (truth, given)]
-    return Case(Path(path).stem, picture, crops[1:], tracked.landmarks[chosen], *others)
+    return Case(picture, crops[1:], tracked.landmarks[chosen], *others)
 
 
 def read_pairs(path):
     """[(name, driving, source, result)] of a table with the columns source,driving,out; paths are relative to it."""
     try:
-        with open(path, newline="") as f:
+        with open(path, newline="", encoding="utf-8-sig") as f:
             lines = list(csv.DictReader(f))
         found = [(str(Path(line["out"]).with_suffix("")), *(Path(path).parent / line[k] for k in ("driving", "source", "out"))) for line in lines]
-        if len({name for name, *_ in found}) < len(found):
-            raise UserError(f"{path} names one result twice in the column out")
-        return found
-    except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError) as e:
+    except (OSError, ValueError, csv.Error, KeyError, TypeError) as e:
         raise UserError(f"cannot read the table {path} ({e}); it has the columns source,driving,out") from None
+    if not found or len({name for name, *_ in found}) < len(found):
+        raise UserError(f"{path} {'names one result twice in the column out' if found else 'has no lines'}")
+    return found
 
 
 @torch.no_grad()
-def reenact(models, source, landmarks, settings, rows=None, scene=None):
-    """source (h, w, 3) uint8 face crop, landmarks (M, 478, 3) -> (M, size, size, 3) uint8, by sample.py's own functions; `rows`: (rows, keep)
-    that deal the frames another way; `scene`: in place of the source's."""
+def reenact(models, source, landmarks, settings, plan=None, scene=None):
+    """source (h, w, 3) uint8 face crop, landmarks (M, 478, 3) -> (M, size, size, 3) uint8, by sample.py's own functions; `plan`: (rows, keep)
+    that deals the frames another way; `scene`: in place of the source's."""
     scene = sample.make_scene(models, source, None, None) if scene is None else scene
     conditions = sample.make_conditions(models, scene, landmarks, settings.guidance)
-    if rows is None:
-        latent = sample.sample_video(models.sdit, conditions, settings)
-    else:
-        (rows, keep), made = rows, {}
-        with tqdm(disable=True, total=0) as bar:
-            for chunk, slots, x in sample.sample_some(models.sdit, rows, list(range(len(rows))), conditions, settings, bar):
-                for b, latents in zip(chunk, x.cpu()):
-                    made |= {int(rows[b][s]): z for s, z in zip(slots, latents) if keep[b][s]}
-        latent = made.__getitem__
+    latent = sample.sample_video(models.sdit, conditions, settings, plan=plan)
     return data.to_images(models.autoencoder.decode(torch.stack([latent(f) for f in range(len(landmarks))]).to(models.device, torch.float32)))
 
 
@@ -370,18 +363,26 @@ def describe(images, models, nets):
     return features | {name: net(images) for name, net in nets.items() if callable(net)}
 
 
-def load_nets(folder):
+def load_nets(folder, device="cpu"):
     """Networks of the fidelity metrics by name; where the weights are missing, the reason."""
     nets = {}
     for name, load in dict(inception=load_inception, i3d=load_i3d, hyperiqa=load_hyperiqa).items():
         try:
-            nets[name] = load(folder)
+            nets[name] = load(folder, device)
         except UserError as e:
             nets[name] = str(e)
     return nets
 
 
-LEFT_OUT, REPORTED = [], []                        # what could not be measured, since the last table and before; the exit code says so
+LEFT_OUT, REPORTED = [], []                        # clips that could not be measured: since the last table, and before it; the exit code says so
+
+
+def measured_by_all(found):
+    """{column: {name: result}} with only those names that every column has: columns are compared over the same clips."""
+    names = set.intersection(*(set(results) for results in found.values()))
+    if not names:
+        raise UserError("no clip could be measured in every column of the table")
+    return {column: {name: r for name, r in results.items() if name in names} for column, results in found.items()}
 
 
 def stamp(paths):
@@ -434,13 +435,13 @@ def finish(a, models, name, title, header, rows, notes=(), figure=None, **protoc
                  sampler=sample.Settings.sampler, versions=versions, left_out=list(LEFT_OUT), crop="face box 0.45 x 0.53 of a fixed square", **protocol)
     REPORTED.extend(LEFT_OUT)
     LEFT_OUT.clear()
-    (a.out / f"{name}.json").write_text(json.dumps(about, indent=1, default=str))
+    data.write_text(a.out / f"{name}.json", json.dumps(about, indent=1, default=str))
     print(f"\n{text}")
 
 
-def plus(values, digits=2, scale=1):
+def plus(values, digits=2):
     mean, half = bootstrap(values)
-    return "-" if math.isnan(mean) else f"{scale * mean:.{digits}f} ± {scale * half:.{digits}f}"
+    return "-" if math.isnan(mean) else f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
 def settings_of(a, method="anchored", number=0, **rest):
@@ -459,7 +460,7 @@ PAPER = dict(FID=("38.2", "34.4"), FVD=("111", "236"), HyperIQA=("50.4", "52.1")
 def judge(case, made, models, nets):
     """All that is measured of a case: dict of arrays."""
     result = {f"made_{k}": v for k, v in describe(made, models, nets).items()}
-    result |= {f"driving_{k}": v for k, v in describe(case.driving, models, nets).items()}
+    result |= {f"driving_{k}": v for k, v in describe(case.driving, models, {k: v for k, v in nets.items() if k != "hyperiqa"}).items()}
     with torch.no_grad():
         result["source_clip"] = models.encoder.images(data.to_tensor(case.source[None])).cpu().numpy()[0]
     if case.truth is not None:
@@ -468,7 +469,7 @@ def judge(case, made, models, nets):
     return result
 
 
-def table_columns(found, nets, same):
+def table_columns(found, nets):
     """{metric: text} of one method's cases."""
     r = list(found.values())
     gather = lambda key: np.concatenate([x[key] for x in r])
@@ -484,20 +485,21 @@ def table_columns(found, nets, same):
     pairs = [(x["made_landmarks"], x["driving_landmarks"]) for x in r]
     column |= {"LMSE": plus([lmse(*p) for p in pairs], 1), "Expressive-LMSE": plus([lmse(*p, data.EXPRESSIVE) for p in pairs], 1),
                "LMSE, x and y": plus([lmse(*p, axes=2) for p in pairs], 1), "LMSE, heads laid onto each other": plus([lmse(laid_onto(*p), p[1]) for p in pairs], 1),
-               "frames without a face": f"{100 * np.mean([np.isnan(p[0][:, 0, 0]).mean() for p in pairs]):.1f} %",
-               "CSIM": plus([csim(x["source_clip"], x["made_clip"]) for x in r], 3)}
-    if same:
-        column["Self-CSIM"] = plus([self_csim(x["made_clip"], x["driving_clip"]) for x in r], 3)
+               "frames without a face, made and driving": ", ".join(f"{100 * np.mean([np.isnan(p[i][:, 0, 0]).mean() for p in pairs]):.1f} %" for i in (0, 1)),
+               "CSIM": plus([csim(x["source_clip"], x["made_clip"]) for x in r], 3),
+               "Self-CSIM": plus([self_csim(x["made_clip"], x["driving_clip"]) for x in r], 3)}
     if known := [x for x in r if "psnr" in x]:
         column |= {"PSNR against the truth, dB": plus([float(x["psnr"]) for x in known], 1), "SSIM": plus([float(x["ssim"]) for x in known], 2)}
     both = [(motions(p[seen]), motions(q[seen])) for p, q in pairs if (seen := ~np.isnan(p[:, 0, 0]) & ~np.isnan(q[:, 0, 0])).sum() > 3]
-    return column | {f"{k}: correlation": plus([correlation(m[k], d[k]) for m, d in both], 2) for k in ("yaw", "mouth", "eyes")}
+    column |= {f"{k}: correlation": plus([correlation(m[k], d[k]) for m, d in both], 2) for k in ("yaw", "mouth", "eyes")}
+    column |= {f"{k}: error, degrees": plus([np.degrees(abs(m[k] - d[k]).mean()) for m, d in both], 1) for k in ("yaw", "pitch", "roll")}
+    return column | {"mouth: error, share of the eyes' distance": plus([abs(m["mouth"] - d["mouth"]).mean() for m, d in both], 3)}
 
 
 def list_clips(a):
     """{name: path} of the first `--n` videos; a name is the path within the folder, without ending."""
     folder = a.clips or a.out / "world" / "clips"
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in data.VIDEOS)
+    paths = data.list_files(folder, data.VIDEOS)
     if not paths:
         raise UserError(f"no videos in {folder}; give --clips, or make those of the demo world: python evaluate.py world --out {a.out}")
     names = [str(p.relative_to(folder).with_suffix("")) for p in paths]
@@ -509,7 +511,7 @@ def list_clips(a):
 def table1(a, models, same):
     """Table 1 for one protocol: of videos made by each method of sampling; or of videos that are there, in the folder `--videos`, or under the
     names of the column out."""
-    nets, title = load_nets(a.weights), f"{'Same' if same else 'Cross'}-identity reenactment (Table 1)"
+    nets, title = load_nets(a.weights, models.device), f"{'Same' if same else 'Cross'}-identity reenactment (Table 1)"
     if same:
         items = {name: (path, None, None) for name, path in list_clips(a).items()}
         truths = {name: path for name, (path, _, _) in items.items()}           # the driving video itself
@@ -518,7 +520,7 @@ def table1(a, models, same):
         items = {name: (driving, source, out) for name, driving, source, out in read_pairs(pairs)[:a.n]}
         truths = {name: p for name in items if (p := pairs.parent / "truth" / f"{Path(name).name}.mp4").exists()}
     made_before = a.videos or any(out is not None and out.exists() for _, _, out in items.values())
-    columns, methods = {}, ["given"] if made_before else list(METHODS)
+    found, methods = {}, ["given"] if made_before else list(METHODS)
     for method in methods:
         def result_of(name):
             return (named(a.videos, name) if a.videos else items[name][2]) if made_before else None
@@ -530,13 +532,16 @@ def table1(a, models, same):
             path, source, _ = items[name]
             case = read_case(path, a, models, number, a.frames, source, truths.get(name), result_of(name))
             return judge(case, case.given if made_before else reenact(models, case.source, case.landmarks, settings_of(a, method, number)), models, nets)
-        key = [f"{'same' if same else 'cross'}, {method}", models.sha256, str(a.videos), str(a.pairs), str(a.clips), a.seed, a.frames, a.steps, a.guidance,
-               sorted(k for k, v in nets.items() if callable(v))]
-        columns[(a.videos.resolve().name if a.videos else "column out") if made_before else method] = table_columns(measured(key, list(items), measure, a, files), nets, same)
+        key = [f"{'same' if same else 'cross'}, {method}", models.sha256, str(a.videos), str(a.pairs), str(a.clips), a.frames,
+               dataclasses.astuple(settings_of(a, sample.Settings.method if made_before else method)), sorted(k for k, v in nets.items() if callable(v))]
+        column = method if not made_before else a.videos.resolve().name if a.videos else "column out"
+        found[column] = measured(key, list(items), measure, a, files)
+    found = measured_by_all(found)
+    columns = {column: table_columns(results, nets) for column, results in found.items()}
     names = list(dict.fromkeys(k for c in columns.values() for k in c))
     rows = [[k, *(c.get(k, "-") for c in columns.values()), PAPER.get(k, ("", ""))[not same]] for k in names]
     missing = [f"Missing: {name}: {reason}" for name, reason in nets.items() if not callable(reason)]
-    notes = [f"{len(items)} videos of {a.frames} frames; mean ± half of the 95 % interval over videos; LMSE in pixels² of a crop of 256.", *missing]
+    notes = [f"{len(next(iter(found.values())))} videos of {a.frames} frames; mean ± half of the 95 % interval over videos; LMSE in pixels² of a crop of 256.", *missing]
     name = ("same" if same else "cross") + (f"-{a.videos.resolve().name if a.videos else 'given'}" if made_before else "")
     finish(a, models, name, title, ["", *columns, "paper (XL, real faces)"], rows, notes, fvd=f"{a.frames} frames spread over 16" if a.frames < 16 else "first 16 frames",
            reference="frames of the driving clips", missing=missing)
@@ -554,8 +559,9 @@ def length(a, models, lengths=(12, 16, 20, 24)):
                 case = read_case(paths[name], a, models, number, M)
                 made = reenact(models, case.source, case.landmarks, settings_of(a, method, number))
                 return {f"{k}_clip": models.encoder.images(data.to_tensor(x)).cpu().numpy() for k, x in (("made", made), ("driving", case.driving))}
-            key = [f"length {M}, {method}", models.sha256, str(a.clips), a.seed, a.steps, a.guidance]
-            found[M, method] = [self_csim(r["made_clip"], r["driving_clip"]) for r in measured(key, list(paths), measure, a, lambda n: [paths[n]]).values()]
+            key = [f"length {M}, {method}", models.sha256, str(a.clips), dataclasses.astuple(settings_of(a, method))]
+            found[M, method] = measured(key, list(paths), measure, a, lambda n: [paths[n]])
+    found = {column: [self_csim(r["made_clip"], r["driving_clip"]) for r in results.values()] for column, results in measured_by_all(found).items()}
     import matplotlib.pyplot as plt
     figure, ax = plt.subplots(figsize=(6, 4))
     for method in METHODS:
@@ -564,8 +570,8 @@ def length(a, models, lengths=(12, 16, 20, 24)):
     ax.legend()
     rows = [[M, *(plus(found[M, m], 3) for m in METHODS)] for M in lengths]
     verdicts = [f"At {M} frames, anchored minus {m}, video by video: {plus(np.subtract(found[M, 'anchored'], found[M, m]), 3)}."
-                for M in lengths[-1:] for m in METHODS[1:] if len(found[M, m]) == len(found[M, "anchored"])]
-    notes = [f"{len(paths)} videos a point. The paper: anchored below MultiDiffusion at every length, the gap growing with it.", *verdicts]
+                for M in lengths[-1:] for m in METHODS[1:]]
+    notes = [f"{len(found[lengths[0], 'anchored'])} videos a point. The paper: anchored below MultiDiffusion at every length, the gap growing with it.", *verdicts]
     finish(a, models, "length", "Self-CSIM against length (Fig. 5)", ["frames", *METHODS], rows, notes, figure)
 
 
@@ -590,7 +596,7 @@ def deal(M, T, how, anchor=None, seed=0):
 
 def ablation(a, models, M=24):
     """An ablation that the paper lacks: how frames are dealt to rows, which frame is the anchor, how many steps."""
-    paths, rows, T = list_clips(a), [], models.sdit.config.frames
+    paths, found, T = list_clips(a), {}, models.sdit.config.frames
     variants = {f"dealt {how}": (how, None, a.steps) for how in ("strided", "random", "contiguous")}
     variants |= {f"anchor {name}": ("strided", frame, a.steps) for name, frame in (("central", (M - 1) // 2), ("first", 0))}
     variants |= {f"{steps} steps": ("strided", None, steps) for steps in (50, 100)}
@@ -599,11 +605,15 @@ def ablation(a, models, M=24):
             case = read_case(paths[clip], a, models, number, M)
             made = reenact(models, case.source, case.landmarks, settings_of(a, number=number, steps=steps), deal(M, T, how, anchor, a.seed + number))
             return judge(case, made, models, {})
-        key = [f"ablation, {name}", models.sha256, str(a.clips), a.seed, M, steps, a.guidance]
-        r = measured(key, list(paths), measure, a, lambda n: [paths[n]]).values()
-        rows.append([name + (f" (as planned, {a.steps} steps)" if name == "dealt strided" else ""), len(sample.plan_rows(M, T, anchor)[0]),
-                     plus([self_csim(x["made_clip"], x["driving_clip"]) for x in r], 3), plus([lmse(x["made_landmarks"], x["driving_landmarks"]) for x in r], 1)])
-    finish(a, models, "ablation", "Dealing, anchor, steps", ["", "rows", "Self-CSIM", "LMSE"], rows, [f"{len(paths)} self-reenactments of {M} frames."])
+        key = [f"ablation, {name}", models.sha256, str(a.clips), M, dataclasses.astuple(settings_of(a, steps=steps))]
+        found[name] = measured(key, list(paths), measure, a, lambda n: [paths[n]])
+    rows, found = [], measured_by_all(found)
+    for name, results in found.items():
+        pairs = [(r["made_landmarks"], r["driving_landmarks"]) for r in results.values()]
+        rows.append([name + (f" (as planned, {a.steps} steps)" if name == "dealt strided" else ""), len(sample.plan_rows(M, T, variants[name][1])[0]),
+                     plus([self_csim(r["made_clip"], r["driving_clip"]) for r in results.values()], 3), plus([lmse(*p) for p in pairs], 1),
+                     plus([lmse(*p, data.EXPRESSIVE) for p in pairs], 1)])
+    finish(a, models, "ablation", "Dealing, anchor, steps", ["", "rows", "Self-CSIM", "LMSE", "Expressive-LMSE"], rows, [f"{len(next(iter(found.values())))} self-reenactments of {M} frames."])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -662,7 +672,7 @@ def scenes(a, models, frames=64):
     def measure(number, name):
         video = data.Video(paths[name])
         tracked = track(paths[name], models.landmarker)
-        chosen = np.linspace(0, len(video) - 1, frames).round().astype(int)     # a short video repeats frames
+        chosen = np.linspace(0, len(video) - 1, frames).round().astype(int)     # a short video gives fewer
         crops = cut(paths[name], tracked, video, np.unique(chosen), PIXELS if arcface else models.size)
         with torch.no_grad():
             result = dict(clip=models.encoder.images(data.to_tensor(crops)).cpu().numpy())
@@ -746,6 +756,8 @@ def guidance(a, models):
         return dict(errors=denoising_errors(model, unseen, SIGNALS[name], times, a.seed, min(256, 8 * len(unseen))))
     key = ["guidance", str(a.data), sdit.sha256(a.data / "index.json"), a.seed, a.train_steps]
     found = {k: v["errors"] for k, v in measured(key, list(SIGNALS), measure, a).items()}
+    if "none" not in found:
+        raise UserError("the unguided denoiser could not be trained; the reason is above")
     import matplotlib.pyplot as plt
     figure, ax = plt.subplots(figsize=(6, 4))
     ratios = {k: found[k].mean(0) / found["none"].mean(0) for k in SIGNALS if k != "none" and k in found}
@@ -782,18 +794,19 @@ def figures(a, models):
         text = sample.make_scene(models, None, a.prompt, None)
         edited = sample.make_scene(models, one.source, None, a.edit)
     plain = settings_of(a)
-    sheets = {1: [[None, *one.driving[eight]], [one.source, *made(one, 24, plain)[eight]], [None, *made(one, 24, plain, scene=text)[eight]],
+    results = [made(case, 24, plain) for case in tqdm(cases, "sampling", leave=False, disable=None)]
+    sheets = {1: [[None, *one.driving[eight]], [one.source, *results[0][eight]], [None, *made(one, 24, plain, scene=text)[eight]],
                   [one.source, *made(one, 24, plain, scene=edited)[eight]]],
               4: [[one.source, *one.driving[:12]], *([None, *made(one, 12, settings_of(a, method))] for method in ("anchored", "multidiffusion"))],
-              6: [row for case in cases for row in ([None, *case.driving[eight]], [case.source, *made(case, 24, plain)[eight]])],
-              20: [[None, *one.driving[:12]], [one.source, *made(one, 24, plain)[:12]], [None, *one.driving[12:]], [None, *made(one, 24, plain)[12:]]]}
+              6: [row for case, result in zip(cases, results) for row in ([None, *case.driving[eight]], [case.source, *result[eight]])],
+              20: [[None, *one.driving[:12]], [one.source, *results[0][:12]], [None, *one.driving[12:]], [None, *results[0][12:]]]}
     notes = {1: f'driving frames; reenactment; the text "{a.prompt}"; the edit "{a.edit}"', 4: "driving frames; anchored; MultiDiffusion", 6: "driving frames above results",
              20: "24 frames: driving above results"}
     for number, rows in tqdm(sheets.items(), "drawing", leave=False, disable=None):
         Image.fromarray(np.concatenate([strip(row) for row in rows])).save(a.out / f"figure-{number}.png")
         about = dict(name=f"figure-{number}", markdown=f"**Figure {number}**: {notes[number]}.", picture=f"figure-{number}.png", model=models.sha256,
                      settings=dataclasses.asdict(plain))
-        (a.out / f"figure-{number}.json").write_text(json.dumps(about, indent=1))
+        data.write_text(a.out / f"figure-{number}.json", json.dumps(about, indent=1))
     print(f"{', '.join(f'figure-{n}.png' for n in sheets)} in {a.out}")
 
 
@@ -812,7 +825,7 @@ def world_set(a):
         driver, person, motion = world.sample_face(rng), world.sample_face(rng), world.sample_motion(rng, 48)
         still = {k: v[0] for k, v in world.sample_motion(rng, 1).items()}
         lines.append(dict(source=f"pictures/{name}.png", driving=f"clips/{name}.mp4", out=f"out/{name}.mp4"))
-        if not (root / "truth" / f"{name}.mp4").exists():
+        if not (root / "truth" / f"{name}.mp4").exists():                       # the last of the three
             Image.fromarray(world.render(person, still, PIXELS)).save(root / "pictures" / f"{name}.png")
             for folder, face in (("clips", driver), ("truth", person)):
                 save_video(root / folder / f"{name}.mp4", (world.render(face, {k: v[f] for k, v in motion.items()}, PIXELS) for f in range(48)))
@@ -823,11 +836,9 @@ def world_set(a):
 
 
 def save_video(path, frames):
-    temporary = path.with_name(f"{path.stem}.part.mp4")
-    with data.VideoWriter(temporary, 24, "synthetic, rendered") as out:
+    with data.VideoWriter(path, 24, "synthetic, rendered") as out:
         for frame in frames:
             out.write(frame)
-    temporary.replace(path)
 
 
 def write_pairs(path, lines):
@@ -842,7 +853,7 @@ def pairs_set(a):
     """pairs.csv of N random clips with as many random pictures, for `cross`, and for sample.py --pairs."""
     if len(a.folders) != 2:
         raise UserError("name two folders: python evaluate.py pairs CLIPS PICTURES")
-    clips, pictures = (sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds) for folder, kinds in zip(a.folders, (data.VIDEOS, data.PICTURES)))
+    clips, pictures = (data.list_files(folder, kinds) for folder, kinds in zip(a.folders, (data.VIDEOS, data.PICTURES)))
     if not clips or not pictures:
         raise UserError(f"no {'videos' if not clips else 'pictures'} in {a.folders[bool(clips)]}")
     rng = np.random.default_rng(a.seed)
@@ -860,7 +871,7 @@ def report(a):
         raise UserError(f"nothing is in {a.out} yet; run the other commands first")
     parts = [r["markdown"] + (f"\n\n![{r['name']}]({r['picture']})" if r["picture"] else "") for r in found]
     models = sorted({r["model"][:16] for r in found if r["model"]})
-    (a.out / "report.md").write_text("\n\n".join(["# Evaluation", f"Models, by sha256: {', '.join(models)}.", *parts]) + "\n")
+    data.write_text(a.out / "report.md", "\n\n".join(["# Evaluation", f"Models, by sha256: {', '.join(models)}.", *parts]) + "\n")
     print(a.out / "report.md")
 
 
@@ -879,7 +890,8 @@ def everything(a):
     many = argparse.Namespace(**dict(vars(a), n=256, clips=a.out / "world" / "many"))
     scenes(many, models)
     if not (a.out / "cache" / "frames" / "index.json").exists():
-        subprocess.run([sys.executable, Path(__file__).with_name("data.py"), many.clips, "--out", a.out / "cache" / "frames"], check=True)
+        if subprocess.run([sys.executable, Path(__file__).with_name("data.py"), many.clips, "--out", a.out / "cache" / "frames"]).returncode:
+            raise UserError("the clips for Fig. 7 could not be cached; the reason is above")
     guidance(argparse.Namespace(**dict(vars(a), data=a.out / "cache" / "frames")), models)
     figures(a, models)
     report(a)
@@ -896,7 +908,7 @@ def arguments():
     ap.add_argument("--videos", type=Path, help="judge these videos, named like the clips, or like the column out, instead of making some")
     ap.add_argument("--data", type=Path, default=Path("cache"), help="of `guidance`: cache of clips made by data.py")
     ap.add_argument("--weights", type=Path, default=sdit.DOWNLOADS, help="folder with the networks of FID, FVD, HyperIQA, ArcFace")
-    ap.add_argument("--n", type=int, default=50, help="videos (the paper: 1000)")
+    ap.add_argument("--n", type=int, default=50, help="videos (the paper: 1000; of `scenes` half train the heads, so 1024 give its 512)")
     ap.add_argument("--frames", type=int, default=8, help="frames a video in same and cross; 16 and more for comparable FVD")
     ap.add_argument("--steps", type=int, default=sample.Settings.steps)
     ap.add_argument("--guidance", type=float, default=sample.Settings.guidance)
@@ -905,6 +917,9 @@ def arguments():
     a = ap.parse_intermixed_args()                                              # folders may stand behind options
     if a.folders and a.command != "pairs":
         raise UserError(f"{a.command} takes no folders by themselves; give --clips {a.folders[0]}")
+    if min(a.n, a.frames, a.train_steps) < 1 or a.seed < 0:
+        raise UserError("--n, --frames and --train-steps are 1 or more, --seed 0 or more")
+    settings_of(a)                                                              # refuses what it cannot be
     a.device, a.many, a.prompt, a.edit = None, 0, "a face with red hair, wearing a blue shirt", "black hair -> blond hair"
     return a
 
@@ -915,7 +930,7 @@ def main():
     if a.command in ("world", "pairs", "report", "all"):
         dict(world=world_set, pairs=pairs_set, report=report, all=everything)[a.command](a)
     else:
-        models = sample.load_models(a.model)
+        models = sample.load_models(a.model) if a.command != "guidance" else None
         if a.command in ("same", "cross"):
             table1(a, models, a.command == "same")
         else:

@@ -250,7 +250,7 @@ def write_onnx(graph, form, folder):
     proto = onnx.load(path, load_external_data=False).graph
     axes = [v.type.tensor_type.shape.dim[0] for v in [*proto.input, *proto.output] if v.name in (*OPEN, "output")]
     if len(axes) != 4 or len({a.dim_param for a in axes}) != 1 or not axes[0].dim_param:
-        raise RuntimeError(f"{path}: the rows are not one open axis")
+        raise UserError(f"{path}: the rows are not one open axis")
     return path
 
 
@@ -272,7 +272,7 @@ def build_plan(trt, path, plan, rows, timing_cache=None):
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(path)):                                   # from the file: the weights lie beside it
-        raise RuntimeError(f"TensorRT cannot read {path}: " + "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)))
+        raise UserError(f"TensorRT cannot read {path}: " + "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)))
     settings, profile = builder.create_builder_config(), builder.create_optimization_profile()
     for i in range(network.num_inputs):
         name, shape = network.get_input(i).name, list(network.get_input(i).shape)
@@ -285,19 +285,22 @@ def build_plan(trt, path, plan, rows, timing_cache=None):
         settings.set_timing_cache(cache, False)
     built = builder.build_serialized_network(network, settings)
     if built is None:
-        raise RuntimeError(f"TensorRT could not build {path}; its messages are above")
+        raise UserError(f"TensorRT could not build {path}; its messages are above")
     plan.write_bytes(built)
     if timing_cache:
         Path(timing_cache).write_bytes(settings.get_timing_cache().serialize())
     return plan
 
 
-def import_tensorrt():
+def import_tensorrt(device):
+    """The module; UserError where it, or the GPU that it builds for and runs on, is not there."""
     try:
         import tensorrt
     except ImportError:
         raise UserError("TensorRT is not installed: pip install tensorrt --extra-index-url https://pypi.nvidia.com, on a machine with an "
                         "NVIDIA GPU; --onnx works without") from None
+    if device.type != "cuda":
+        raise UserError("TensorRT builds for the NVIDIA GPU that it runs on, and there is none here; --onnx works without")
     return tensorrt
 
 
@@ -368,7 +371,7 @@ def run_plan(context, stream, config, form, groups, dtype, inputs):
         context.set_tensor_address(name, v.data_ptr())
     stream.wait_stream(torch.cuda.current_stream(device))
     if context.infer_shapes() or not context.execute_async_v3(stream.cuda_stream):
-        raise RuntimeError("TensorRT did not run; its message is above")
+        raise UserError("TensorRT did not run; its message is above")
     torch.cuda.current_stream(device).wait_stream(stream)
     for v in (inputs | outputs).values():
         v.record_stream(stream)
@@ -383,9 +386,7 @@ def load_runner(kind, path, config, form, groups, dtype, device):
             return functools.partial(run_module, torch.jit.load(path, map_location=device), dtype)
     if kind == "onnx":
         return functools.partial(run_onnx, load_onnx(path, device), config, form, groups, dtype)
-    if device.type != "cuda":
-        raise UserError(f"{path} is a TensorRT engine and runs on an NVIDIA GPU only")
-    return functools.partial(run_plan, *load_plan(import_tensorrt(), path, device), config, form, groups, dtype)
+    return functools.partial(run_plan, *load_plan(import_tensorrt(device), path, device), config, form, groups, dtype)
 
 
 @dataclasses.dataclass
@@ -419,7 +420,9 @@ def load_engine(folder, model_sha256=None, device="cpu"):
     try:
         about = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError):
-        raise UserError(f"{folder} is not an export: no manifest.json there; make one with export.py") from None
+        about = {}
+    if not {"name", "kind", "precision", "groups", "rows", "model_sha256", "files", "sha256", "config"} <= set(about):
+        raise UserError(f"{folder} is not an export: it has no manifest.json of one; make it with export.py")
     if model_sha256 and about["model_sha256"] != model_sha256:
         raise UserError(f"{folder} was made of another model ({about['name']}, sha256 {about['model_sha256'][:12]}...); export this one")
     if "rest" not in about["files"]:
@@ -469,7 +472,6 @@ def verify(model, form, groups, run, most_rows=5):
     """Largest error of a runner over rows, slots and timesteps, and what leaving out the anchor would have cost in the same cases: an error
     far below it shows that the anchor is in the graph."""
     T, device = model.config.frames, next(model.parameters()).device
-    torch.backends.cudnn.allow_tf32 = False                                     # the reference is float32
     errors, control = [], []
     for seed, (rows, slot, t) in enumerate([(1, 0, 0), (2, T // 2, 500), (5, T - 1, 999)]):
         inputs = example(model.config, form, min(rows, most_rows), groups, slot, t, seed, device)
@@ -547,15 +549,16 @@ def write_graph(model, kind, form, a, folder, device):
     graph = build_graph(model, form, a.precision, a.groups)
     if kind == "torchscript":
         return write_torchscript(graph, form, folder)
+    trt = import_tensorrt(device) if kind == "trt" else None
     path = write_onnx(graph, form, folder)
-    if kind == "trt":
-        trt = import_tensorrt()
-        if device.type != "cuda":
-            raise UserError("TensorRT builds for the GPU that it runs on, and there is none here; --onnx works without")
+    if trt:
         gpu = torch.cuda.get_device_name(device).replace(" ", "-")
         name = f"{form}.{sdit.sha256(path)[:12]}-{a.precision}-trt{trt.__version__}-{gpu}.plan"
         with torch.cuda.device(device):
-            path = build_plan(trt, path, folder / name, a.rows, a.out / "timing.cache")
+            build_plan(trt, path, folder / name, a.rows, a.out / "timing.cache")
+        for used in (path, path.with_suffix(".onnx.data")):
+            used.unlink(missing_ok=True)
+        path = folder / name
     return path
 
 
@@ -705,16 +708,20 @@ def arguments():
 
 def main():
     a = arguments()
-    device = torch.device(a.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device, precision = sdit.get_device(a.device), a.precision
     if a.trt:
-        import_tensorrt()
-    a.precision = a.precision or ("bf16" if a.trt else "fp32")
+        import_tensorrt(device)                                                 # said before the work
+    torch.backends.cudnn.allow_tf32 = False                                     # the model to compare with is float32
     model = random_model(a.size, a.frames).to(device) if a.size else sdit.load_model(a.model, device)
     digest = "random" if a.size else sdit.sha256(a.model)
+    if model.config.frames < 2:
+        raise UserError("rows of one frame have no anchor to share; export a model of two frames and more")
     for kind in ("onnx", "torchscript", "trt"):
         if getattr(a, kind):
+            a.precision = precision or ("bf16" if kind == "trt" else "fp32")
             export(model, digest, kind, a, device)
     if a.bench:
+        a.precision = precision or "fp32"
         bench(model, a, device)
 
 

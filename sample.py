@@ -59,7 +59,7 @@ def plan_rows(M, T, anchor=None):
     f = min(range(M), key=lambda f: (count(f), abs(f - (M - 1) / 2), f)) if anchor is None else anchor
     B = count(f)
     if B == math.inf:
-        raise UserError(f"{M} frames cannot share frame {f} in rows of {T}")
+        raise UserError(f"{M} frames cannot share frame {f} in rows of {T}; rows of two frames and more can (train.py --frames)")
     rows, keep = np.full((B, T), f), np.zeros((B, T), bool)
     keep[0, slot] = True
     for side, first, end in ((range(f), 0, slot), (range(f + 1, M), slot + 1, T)):
@@ -80,7 +80,7 @@ def plan_windows(M, T):
 def frame_noise(seed, frames, shape, step=0):
     """Noise (*frames.shape, *shape) float64 for frames (an integer array): it belongs to the frame of the video, whatever row, batch or
     process it is in. `step` 0 is the start, others are for samplers that add noise on the way."""
-    drawn = [np.random.default_rng([seed, f, step] if step else [seed, f]).standard_normal(shape) for f in np.ravel(frames)]
+    drawn = [np.random.default_rng([seed, f, step]).standard_normal(shape) for f in np.ravel(frames)]
     return torch.from_numpy(np.stack(drawn)).view(*np.shape(frames), *shape)
 
 
@@ -255,19 +255,19 @@ def sample_windows(model, x, conditions, settings, chunk, progress=lambda: None)
     return denoise(settings, x, range(len(x)), evaluate, progress)
 
 
-def sample_video(model, conditions, settings, wanted=None, finished=None, share=(0, 1)):
+def sample_video(model, conditions, settings, wanted=None, finished=None, share=(0, 1), plan=None):
     """Sample a video of M frames, conditions (M, D) each. Returns a function frame -> latent (C, H, W), on the CPU, for the frames
     `wanted` (default: all), which costs the rows that hold them.
 
     `finished`, a mapping from row to the latents (n, C, H, W) of the frames that it keeps, receives rows as they get done; those in it
-    already are not made again. `share` (rank, processes): make only this share of the rows."""
+    already are not made again. `share` (rank, processes): make only this share of the rows. `plan` (rows, keep): in place of `plan_rows`'."""
     M, T, method = len(conditions[0]), model.config.frames, settings.method
     # MultiDiffusion cannot be cut: one row of all frames
-    rows, keep = plan_rows(M, T) if method != "multidiffusion" else (np.arange(M)[None], np.ones((1, M), bool))
+    rows, keep = plan or (plan_rows(M, T) if method != "multidiffusion" else (np.arange(M)[None], np.ones((1, M), bool)))
     finished, wanted = {} if finished is None else finished, set(range(M) if wanted is None else wanted)
     needed = [b for b in range(len(rows)) if wanted & set(rows[b][keep[b]].tolist())]
     if share[0] == 0 and len(wanted) < M:
-        print(f"{len(wanted)} of {M} frames: {len(needed)} of {len(rows)} rows" + (", and row 0, which holds the anchor" if needed[0] else ""))
+        print(f"{len(wanted)} of {M} frames: {len(needed)} of {len(rows)} rows" + (", and row 0, which holds the anchor" if needed[0] and method == "anchored" else ""))
     mine = [b for b in needed[share[0]::share[1]] if b not in finished]
     with tqdm(total=settings.steps * len(mine), desc="denoising", unit="row-step", leave=False, disable=True if share[0] else None) as bar:
         for chunk, slots, x in sample_some(model, rows, mine, conditions, settings, bar) if mine else ():
@@ -281,7 +281,7 @@ def sample_some(model, rows, numbers, conditions, settings, bar):
     """Sample the rows `numbers` of a video, a few at a time: yields (their numbers, slots, latents (B, slots, C, H, W))."""
     c, device = model.config, conditions[0].device
     shape, anchor = (c.latent_channels, c.latent_size, c.latent_size), c.frames // 2
-    size = min(getattr(model, "rows", math.inf), max(1, CHUNK_TOKENS[device.type] // (c.tokens * c.frames)))
+    size = min(getattr(model, "rows", math.inf), max(1, CHUNK_TOKENS.get(device.type, 2048) // (c.tokens * c.frames)))
     every, own = (np.flatnonzero(np.arange(rows.shape[1]) != s) for s in (-1, anchor))
 
     def inputs(chunk, slots):
@@ -317,7 +317,7 @@ class Partial:
         self.folder.mkdir(parents=True, exist_ok=True)
         for other in self.folder.iterdir():
             if not other.name.startswith(key):
-                other.unlink()
+                other.unlink(missing_ok=True)                                   # other processes do the same
 
     def _path(self, row):
         return self.folder / f"{self.key}-{row:06d}.safetensors"
@@ -420,15 +420,18 @@ class Models:
 
 def load_models(path=DEMO / "sdit.safetensors", device=None, engine=None):
     """Models for `reenact`, from the model file of train.py and the weights it names; `engine`, a folder that export.py made of it. The sDiT
-    is in bfloat16 on a GPU."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    is in bfloat16 on a GPU, but for the mapping network: landmarks rounded to it would move in steps of a pixel."""
+    device = sdit.get_device(device)
     model = sdit.load_model(path, device)
     c = model.config
     if engine:
         from export import load_engine
         engine = load_engine(engine, sdit.sha256(path), device)
-    return Models(model.to(torch.bfloat16) if device.type == "cuda" and sdit.has_bf16("cuda") else model,
-                  sdit.load_autoencoder(sdit.find_weights(c.autoencoder, c.autoencoder_sha256, path), device),
+    if device.type == "cuda" and sdit.has_bf16("cuda"):
+        mapping = model.mapping
+        model.mapping = None
+        model.to(torch.bfloat16).mapping = mapping
+    return Models(model, sdit.load_autoencoder(sdit.find_weights(c.autoencoder, c.autoencoder_sha256, path), device),
                   data.SceneEncoder(sdit.find_weights(c.clip, c.clip_sha256, path), device), data.FaceLandmarker(), sdit.sha256(path), device, engine)
 
 
@@ -516,6 +519,10 @@ def reenact(source=None, driving=DEMO / "driving.mp4", out="reenacted.mp4", mode
         scene = make_scene(models, picture, prompt, edit)
     with watch("denoising"), torch.no_grad():
         conditions = make_conditions(models, scene, landmarks, settings.guidance)
+        if world > 1:                                                           # those of rank 0, should ranks differ by a bit
+            shared = [[c.cpu() for c in conditions]]
+            dist.broadcast_object_list(shared)
+            conditions = [c.to(models.device) for c in shared[0]]
         settings_used = dict(dataclasses.asdict(settings), engine=models.engine and models.engine.name)
         asked = json.dumps(dict(settings_used, model=models.sha256), sort_keys=True)
         key = hashlib.sha256(asked.encode() + b"".join(c.float().cpu().numpy().tobytes() for c in conditions)).hexdigest()[:16]
@@ -534,10 +541,10 @@ def reenact(source=None, driving=DEMO / "driving.mp4", out="reenacted.mp4", mode
 
 def make_conditions(models, scene, landmarks, guidance):
     """Conditioning (M, D) of every branch, in the model's precision, of a scene (1, S) and landmarks (M, 478, 3)."""
-    mapping, dtype = models.sdit.mapping, next(models.sdit.parameters()).dtype
-    landmarks = torch.from_numpy(landmarks)[None].to(models.device, dtype)
-    conditions = [mapping(scene.to(dtype), landmarks)[0]]
-    return conditions if guidance == 1 else conditions + [mapping()[0].expand(len(conditions[0]), -1)]
+    mapping, dtype = models.sdit.mapping, models.sdit.final_layer.linear.weight.dtype
+    landmarks, scene = (x.to(models.device, mapping.null_scene.dtype) for x in (torch.from_numpy(landmarks)[None], scene))
+    conditions = [mapping(scene, landmarks)[0].to(dtype)]
+    return conditions if guidance == 1 else conditions + [mapping()[0].to(dtype).expand(len(conditions[0]), -1)]
 
 
 def reenact_pairs(path, models, **options):
@@ -545,7 +552,7 @@ def reenact_pairs(path, models, **options):
     is reported, and the rest goes on. Returns how many were written."""
     folder, written = Path(path).parent, 0
     try:
-        with open(path, newline="") as f:
+        with open(path, newline="", encoding="utf-8-sig") as f:                 # spreadsheets put a mark before the first column
             lines = list(csv.DictReader(f))
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise UserError(f"cannot read the table {path} ({e}); it is a CSV file with the columns source,driving,out[,prompt]") from None
@@ -555,6 +562,8 @@ def reenact_pairs(path, models, **options):
         try:
             if not line["driving"] or not line["out"]:
                 raise UserError("driving or out is missing")
+            if not (line.get("source") or line.get("prompt") or options["prompt"]):
+                raise UserError("source is missing, and so is a prompt")
             jobs = {k: folder / line[k] for k in ("source", "driving", "out") if line.get(k)}
             reenact(model=models, prompt=line.get("prompt") or options["prompt"], **jobs, **{k: v for k, v in options.items() if k != "prompt"})
             written += 1

@@ -85,13 +85,18 @@ DEMO = dict(depth=6, width=160, heads=4, patch=2, latent_channels=6, latent_size
 
 def make_config(name, frames=8, **rest):
     """Configuration by name: "S/2" ... "XL/8" (paper D: 256 pixels, so latents 4 x 32 x 32) or "demo"."""
-    if name == "demo":
-        return SDiTConfig(name=name, frames=frames, **DEMO | rest)
     size, _, patch = name.partition("/")
-    if size not in SIZES or patch not in ("2", "4", "8"):
+    if name == "demo":
+        config = SDiTConfig(name=name, frames=frames, **DEMO | rest)
+    elif size in SIZES and patch in ("2", "4", "8"):
+        depth, width, heads = SIZES[size]
+        config = SDiTConfig(name=name, depth=depth, width=width, heads=heads, patch=int(patch), frames=frames, **rest)
+    else:
         raise UserError(f"no model size {name!r}; choose demo or one of {', '.join(SIZES)} with /2, /4 or /8, as in XL/2")
-    depth, width, heads = SIZES[size]
-    return SDiTConfig(name=name, depth=depth, width=width, heads=heads, patch=int(patch), frames=frames, **rest)
+    if config.latent_size % config.patch:
+        raise UserError(f"patches of {config.patch} do not divide latents of {config.latent_size} x {config.latent_size}; choose another size of "
+                        f"patches, or cache clips at another --size")
+    return config
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -544,7 +549,8 @@ class AutoencoderKL(nn.Module):
 def write_tensors(path, tensors, config):
     """Write a safetensors file whose metadata is `config` as JSON; the name appears only when the file is whole."""
     temporary = f"{path}.{os.getpid()}.tmp"
-    safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"config": json.dumps(config)})
+    # not save_file, whose files nobody but their owner may read
+    Path(temporary).write_bytes(safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, {"config": json.dumps(config)}))
     os.replace(temporary, path)
 
 
@@ -636,6 +642,16 @@ def init_weights(model, path):
     fill(model, tensors, path)
 
 
+def get_device(name=None):
+    """torch.device of "cpu", "cuda", "cuda:1" ...; None: a GPU where there is one. UserError where it is not there."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+        return device
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"no device {name} here ({str(e).partition(chr(10))[0]}); give cpu, cuda or cuda:1") from None
+
+
 @functools.cache
 def sha256(path):
     """Hex digest of a file."""
@@ -663,7 +679,9 @@ def fetch(name):
         DOWNLOADS.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
-        except (OSError, RuntimeError) as e:                                    # no network; another checksum
+            safetensors.safe_open(path, "pt")
+        except (OSError, RuntimeError, safetensors.SafetensorError) as e:       # no network; another checksum; a torn file
+            path.unlink(missing_ok=True)
             raise UserError(f"cannot download {name} ({e}); fetch {url} by hand and put it at {path}") from None
     return path
 

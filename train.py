@@ -107,10 +107,10 @@ def save_state(out, step, model, ema, optimizer, recipe):
     """RUN/state-STEP.pt (the last two are kept) and RUN/model.safetensors, the EMA weights. Names appear when files are whole."""
     state = dict(step=step, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                  recipe=dataclasses.asdict(model.config) | recipe)
+    sdit.save_model(out / "model.safetensors", ema)                             # first: with its last state a run counts as finished
     temporary = out / "state.tmp"
     torch.save(state, temporary)
     os.replace(temporary, out / f"state-{step:08d}.pt")
-    sdit.save_model(out / "model.safetensors", ema)
     for old in sorted(out.glob("state-*.pt"))[:-2]:
         old.unlink()
 
@@ -134,7 +134,7 @@ def load_state(out, model, ema, optimizer, recipe):
     if path is None:
         return 0
     recipe = dataclasses.asdict(model.config) | recipe
-    changed = [k for k, v in recipe.items() if v != state["recipe"].get(k)]
+    changed = ["data" if k == "scene_mean" else k for k, v in recipe.items() if v != state["recipe"].get(k)]
     if changed:
         raise UserError(f"{path} was trained with another {' and '.join(changed)}; use another --out or the same settings")
     model.load_state_dict(state["model"])
@@ -262,6 +262,22 @@ class Preview:
         Image.fromarray(picture.reshape(picture.shape[0] * picture.shape[1], -1, 3)).save(path)
 
 
+def ignore_sigterm(_):
+    """In processes that load rows: SIGTERM, which torchrun sends to the whole group, is the training process's affair."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def check_arguments(a, world):
+    """Refuse what could only fail later."""
+    for name in ("frames", "steps", "batch", "accumulate", "log_every", "save"):
+        if getattr(a, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is 1 or more")
+    if a.seed < 0 or a.preview < 0:
+        raise UserError("--seed and --preview are 0 or more")
+    if a.batch % (world * a.accumulate):
+        raise UserError(f"--batch {a.batch} does not divide into {world} processes of {a.accumulate} parts")
+
+
 def build_preview(a, config, beside, device):
     """A Preview, or None, with a word, where the cache's autoencoder is not there to decode."""
     try:
@@ -310,15 +326,14 @@ def report(log, bar, entry):
 def main():
     a = arguments()
     rank, world, device = join()
-    if a.batch % (world * a.accumulate):
-        raise UserError(f"--batch {a.batch} does not divide into {world} processes of {a.accumulate} parts")
+    check_arguments(a, world)
     part = a.batch // world // a.accumulate
     a.precision = a.precision or ("bf16" if sdit.has_bf16(device.type) else "fp32")
     dtype = torch.bfloat16 if a.precision == "bf16" else torch.float32
     rows = data.Rows(a.data, a.frames, a.seed)
     torch.manual_seed(a.seed)
     model = build_model(rows, a.size, a.frames)
-    if a.init:
+    if a.init and not list(a.out.glob("state-*.pt")):
         sdit.init_weights(model, a.init)
     model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
@@ -344,7 +359,7 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     workers = a.workers if a.workers is not None else 4 * (device.type == "cuda")
     loader = iter(DataLoader(rows, batch_sampler=shares(start, a.steps, a.batch, rank, world, a.accumulate), num_workers=workers,
-                             pin_memory=device.type == "cuda"))
+                             pin_memory=device.type == "cuda", worker_init_fn=ignore_sigterm))
     shape = (a.batch, a.frames, model.config.latent_channels, model.config.latent_size, model.config.latent_size)
     meter, logged, log = Meter(device), (start, time.time()), open(a.out / "log.jsonl", "a") if rank == 0 else None
     bar = tqdm(range(start, a.steps), initial=start, total=a.steps, unit="step", dynamic_ncols=True, disable=rank > 0)
@@ -363,18 +378,19 @@ def main():
                 ((error + bound).mean() / a.accumulate).backward()
             meter.add(step + 1, t, error, bound)
         logging, saving = (step + 1) % a.log_every == 0, (step + 1) % a.save == 0 or step + 1 == a.steps
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item() if logging else None
+        asking = logging or saving or (stop if world == 1 else (step + 1) % 10 == 0)        # several processes agree on stopping every ten steps
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item() if asking else None
         optimizer.step()
         decay = min(a.ema, (1 + step) / (10 + step))                             # follows closely at first
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
         if preview and (step + 1) % a.preview == 0:
             preview(ema, a.out / f"preview-{step + 1:08d}.png")
-        if not (logging or saving or stop and world == 1):                      # several processes agree on stopping at a log line
+        if not asking:
             continue
         loss, bound, quarters, bad, stopping = meter.read(bool(stop), clear=logging)
-        if bad is not None:
-            raise UserError(f"the loss was not finite at step {bad}; nothing was saved over. Start from {a.out}/model.safetensors with --init, a lower "
+        if bad is not None or not math.isfinite(norm):
+            raise UserError(f"the loss or its gradient was not finite at step {bad or step + 1}; nothing was saved over. Start from {a.out}/model.safetensors with --init, a lower "
                             f"--lr and another --out")
         if logging and rank == 0:
             speed = (step + 1 - logged[0]) * a.batch / (time.time() - logged[1])
@@ -386,7 +402,8 @@ def main():
             save_state(a.out, step + 1, model, ema, optimizer, recipe)
         if stopping and step + 1 < a.steps:
             bar.close()
-            print(f"stopped by SIGTERM; saved after step {step + 1}; the same command goes on") if rank == 0 else None
+            if rank == 0:
+                print(f"stopped by SIGTERM; saved after step {step + 1}; the same command goes on")
             break
     if world > 1:
         dist.barrier()                                                          # rank 0 may still be writing

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -190,6 +191,7 @@ def build_cache():
     autoencoder = sdit.load_autoencoder(BUILD / "autoencoder.safetensors", device)
     encoder = data.SceneEncoder(BUILD / "clip.safetensors", device)
     about = data.cache_about(BUILD / "autoencoder.safetensors", BUILD / "clip.safetensors", autoencoder, CLIP["embed_dim"], SIZE)
+    shutil.rmtree(BUILD / "cache", ignore_errors=True)                          # of a run that was stopped
     writer = data.CacheWriter(BUILD / "cache")
     for seed in tqdm(range(CLIPS), "cache"):
         clip = np.load(BUILD / "clips" / f"{seed:06d}.npz")

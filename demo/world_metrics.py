@@ -176,7 +176,8 @@ def edit_case(seed, a, models):
     kept = float(np.mean([seen["plain"][c] == seen["edited"][c] for c in COLOURS if c != name]))
     scores = {k: dict(changed=float(seen[k][name] == new[name])) | {f"changed_{name}": float(seen[k][name] == new[name])} for k in videos}
     scores["edited"] |= dict(kept=kept)
-    scores["true"] = dict(changed=float(shown_colour(true, masks, name) == new[name]), kept=1.0) | {f"changed_{c}": 1.0 for c in COLOURS}
+    shown = float(shown_colour(true, masks, name) == new[name])
+    scores["true"] = {"changed": shown, f"changed_{name}": shown}
     return scores, sheet_row(case.source, videos["plain"], true, videos["edited"])
 
 
@@ -228,6 +229,8 @@ def main():
     ap.add_argument("--weight", type=float, default=1.0, help="of --task edit")
     ap.add_argument("--sheet", type=Path, help="contact sheet of the first 8 cases: source and driving, true, generated")
     a = ap.parse_args()
+    if a.sheet and not a.sheet.absolute().parent.is_dir():
+        raise sdit.UserError(f"no such folder: {a.sheet.parent}")
     models, scores, sheet = sample.load_models(a.model), [], []
     for seed in tqdm(range(a.n), "cases"):
         one, row = TASKS[a.task](seed, a, models)

@@ -123,8 +123,13 @@ def test_pictures_of_all_kinds(tmp_path):
     assert abs(data.read_picture(tmp_path / "deep.png")[..., 0].astype(int) - grey).max() <= 1
     assert (data.read_picture(tmp_path / "clear.png") == 255).all()
     assert data.read_picture(tmp_path / "turned.png").shape == (40, 20, 3)
-    (tmp_path / "x.png").write_bytes(b"no picture")
-    assert data.read_picture(tmp_path / "x.png") is None
+    (tmp_path / "x.bin").write_bytes(b"no picture")
+    assert data.read_picture(tmp_path / "x.bin") is None
+    whole = (tmp_path / "clear.png").read_bytes()
+    for torn in (b"no picture", whole[:len(whole) // 2], whole[:40]):
+        (tmp_path / "x.png").write_bytes(torn)
+        with pytest.raises(sdit.UserError, match="x.png is not a picture"):
+            data.read_picture(tmp_path / "x.png")
 
 
 def test_crop_mirrors_outside_and_landmarks_follow(clip, landmarker):

@@ -213,15 +213,18 @@ def test_published_autoencoders(tmp_path, monkeypatch):
 def test_named_weights(tmp_path, monkeypatch):
     """A name is downloaded once and checked; without network the sentence says where to put the file."""
     monkeypatch.setattr(sdit, "DOWNLOADS", tmp_path / "cache")
-    monkeypatch.setattr(sdit, "WEIGHTS", {"known": ((tmp_path / "there").as_uri(), hashlib.sha256(b"weights").hexdigest())})
-    (tmp_path / "there").write_bytes(b"weights")
-    assert sdit.fetch("known").read_bytes() == b"weights" and sdit.fetch("other.pt") == sdit.Path("other.pt")
-    (tmp_path / "there").unlink()
+    there = tmp_path / "there"
+    sdit.write_tensors(there, dict(a=torch.ones(9)), {})
+    whole = there.read_bytes()
+    monkeypatch.setattr(sdit, "WEIGHTS", {"known": (there.as_uri(), hashlib.sha256(whole).hexdigest()), "unknown": (there.as_uri(), None)})
+    assert sdit.fetch("known").read_bytes() == whole and sdit.fetch("other.pt") == sdit.Path("other.pt")
+    there.unlink()
     assert sdit.fetch("known").is_file()
     (tmp_path / "cache" / "known.safetensors").unlink()
     with pytest.raises(sdit.UserError, match="cannot download known .* by hand and put it at"):
         sdit.fetch("known")
-    (tmp_path / "there").write_bytes(b"others")
-    with pytest.raises(sdit.UserError, match="cannot download known .*hash"):
-        sdit.fetch("known")
-    assert not (tmp_path / "cache" / "known.safetensors").exists()
+    there.write_bytes(whole[:-4])                                               # the connection broke
+    for name in ("known", "unknown"):
+        with pytest.raises(sdit.UserError, match=f"cannot download {name} "):
+            sdit.fetch(name)
+        assert not (tmp_path / "cache" / f"{name}.safetensors").exists()
