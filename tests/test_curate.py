@@ -84,6 +84,41 @@ def test_a_drop_list_takes_clips_away(curated, tmp_path):
     assert sum(line["reason"] == "on the drop list" for line in data.read_lines([out / "manifest.jsonl"])) == 2
 
 
+def test_thresholds_are_set_without_measuring_again(curated, tmp_path, capsys):
+    """`write` alone applies them; and only videos on the drop list are written again."""
+    out = tmp_path / "copy"
+    shutil.copytree(curated, out)
+    sources = [s for s, _ in curate.list_done(arguments(out), "validate")]
+    curate.run_stage("validate", sources, arguments(out, min_clip=0.99))
+    curate.run_stage("write", sources, arguments(out))
+    assert capsys.readouterr().out.count(": 0 videos") == 2
+    (out / "drop.txt").write_text("two.mp4\n")
+    curate.run_stage("write", sources, arguments(out))
+    assert "write: 1 videos" in capsys.readouterr().out
+    curate.run_stage("write", sources, arguments(out, min_clip=1.01))
+    assert not list(out.glob("t*/*.mp4"))
+    reasons = {c["reason"] for _, found in curate.list_done(arguments(out), "write") for c in found["candidates"] if "clip_cosine" in c}
+    assert reasons == {"CLIP cosine to the first frame below 1.01"}
+
+
+def test_a_folder_that_is_not_there_is_not_the_videos_fault(tmp_path):
+    source = curate.Source(tmp_path / "gone.mp4", "gone.mp4", "gone")
+    source.path.write_bytes(b"")
+    key = curate.stage_key(arguments(tmp_path), "detect", source)
+    assert curate.stage_key(arguments(tmp_path), "detect", curate.Source(tmp_path / "." / ".." / tmp_path.name / "gone.mp4", "gone.mp4", "gone")) != key
+    assert curate.attempt("detect", source, arguments(tmp_path))[1]             # an empty file is to blame itself
+    source.path.unlink()
+    assert not curate.attempt("detect", source, arguments(tmp_path))[1]
+
+
+def test_key_frames_that_are_too_few_do_not_decide():
+    """A video of ten seconds whose one key frame is empty is looked at in full; of one second, it is not."""
+    blind = type("Blind", (), dict(everyone=lambda self, image: iter(())))()
+    for name, fps, expected in (("slow", 3, True), ("fast", 30, False)):
+        video = type("Video", (), dict(path=ROOT / "demo" / "driving.mp4", fps=fps, __len__=lambda self: 30))()
+        assert curate.key_frames_have_a_face(video, blind) == expected, name
+
+
 def scenes(seed):
     """Thumbnails of a made-up film and its true transitions: shots of a figure that moves before a ground that sways, joined by hard cuts,
     cuts that keep the ground or the figure, and dissolves of 12 frames."""

@@ -158,6 +158,20 @@ def test_missed_frames_are_interpolated_and_counted(clip, landmarker):
         data.track(np.full((3, 64, 64, 3), 127, np.uint8), landmarker, "blank")
 
 
+def test_a_face_elsewhere_after_a_cut_is_followed_again(monkeypatch):
+    """After 24 frames without the face the largest is taken; before that, another person's is not."""
+    here, there = np.zeros((478, 3), np.float32), np.zeros((478, 3), np.float32)
+    here[:, :2] = np.random.default_rng(0).uniform(10, 20, (478, 2))
+    there[:, :2] = here[:, :2] + 100
+    landmarker = data.FaceLandmarker.__new__(data.FaceLandmarker)
+    monkeypatch.setattr(landmarker, "everyone", lambda image: iter([here if image == 0 else there]), raising=False)
+    tracked = data.track([0] * 3 + [1] * 30, landmarker, "a film")
+    assert tracked.found.tolist() == [True] * 3 + [False] * 24 + [True] * 6
+    near = here + np.float32([1, 1, 0])
+    monkeypatch.setattr(landmarker, "everyone", lambda image: iter([there, here + np.float32([6, 0, 0]), near]))
+    assert landmarker(0, here) is near                                          # of those that overlap, the one that does most
+
+
 def test_a_small_face_is_found_and_the_same_person_followed(clip, landmarker):
     scene = np.full((480, 854, 3), 90, np.uint8)
     scene[40:168, 60:188] = clip[0][0]                                          # about 70 pixels high: too small for the mesh alone
@@ -301,8 +315,8 @@ def test_a_picture_becomes_a_moving_clip(clip, landmarker):
     assert np.array_equal(again, frames[0]) and not np.array_equal(other, frames[0])
 
 
-def caching(clips, out, monkeypatch, rank=0, world=1):
-    monkeypatch.setattr("sys.argv", ["data.py", str(clips), "--out", str(out)])
+def caching(clips, out, monkeypatch, rank=0, world=1, *more):
+    monkeypatch.setattr("sys.argv", ["data.py", str(clips), "--out", str(out), *more])
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", str(world))
     data.main()
@@ -328,8 +342,11 @@ def test_caching_from_videos(tmp_path, clip, monkeypatch, capsys):
     write_video(tmp_path / "clips" / "faceless.mp4", shades(5), 12)
     Image.fromarray(clip[0][3]).save(tmp_path / "clips" / "still.png")
     (tmp_path / "clips" / "broken.mp4").write_bytes(b"no")
+    late = np.concatenate([np.full((3, 128, 128, 3), 90, np.uint8), clip[0]])
+    write_video(tmp_path / "clips" / "late.mp4", late, 12)                      # the face comes after three frames
     entries = caching(tmp_path / "clips", tmp_path / "cache", monkeypatch)
-    assert "3 clips" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "4 clips" in shown and "note: the bundled autoencoder and CLIP" in shown and entries["late.mp4"]["frames"] == 12
     assert entries["a/good.mp4"]["frames"] == 12 and entries["a/good.mp4"]["missed"] == 0 and entries["still.png"]["frames"] == 16
     assert "no face" in entries["faceless.mp4"]["rejected"] and "not a video" in entries["broken.mp4"]["rejected"]
     row = data.Rows(tmp_path / "cache", 8)[0]
@@ -341,10 +358,12 @@ def test_caching_from_videos(tmp_path, clip, monkeypatch, capsys):
     def dies(*_):
         raise KeyboardInterrupt
     parts, encode = tmp_path / "parts", data.encode_clip
-    assert caching(tmp_path / "clips", parts, monkeypatch, 1, 2) is None        # rank 1 has b.mp4 and faceless.mp4
+    assert caching(tmp_path / "clips", parts, monkeypatch, 1, 2) is None        # rank 1 has b.mp4, faceless.mp4, still.png
     monkeypatch.setattr(data, "encode_clip", dies)
     with pytest.raises(KeyboardInterrupt):
         caching(tmp_path / "clips", parts, monkeypatch, 0, 2)
+    with pytest.raises(sdit.UserError, match="was begun with another size and latent_size"):
+        caching(tmp_path / "clips", parts, monkeypatch, 0, 2, "--size", "32")
     with pytest.raises(sdit.UserError, match="is unfinished"):
         data.Rows(parts, 8)
     monkeypatch.setattr(data, "encode_clip", encode)

@@ -143,6 +143,21 @@ def test_deal_gives_every_frame_one_place():
     assert rows[:, :2].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]] and rows[:, 3].tolist() == [9, 10, 11, 12]
 
 
+def test_columns_rest_on_the_same_clips():
+    found = evaluate.measured_by_all({"a": dict(x=1, y=2), "b": dict(y=3, z=4)})
+    assert found == {"a": dict(y=2), "b": dict(y=3)}
+    with pytest.raises(UserError, match="no clip"):
+        evaluate.measured_by_all({"a": dict(x=1), "b": {}})
+
+
+@pytest.mark.parametrize("text, reason", [("source,driving,out\n", "has no lines"), ("source,driving,out\na,b,c.mp4\nd,e,c.mp4\n", "names one result twice"),
+                                          ("source,driving,out\na,b,\n", "cannot read the table"), ("a,b\n1,2\n", "cannot read the table")])
+def test_bad_tables(text, reason, tmp_path):
+    (tmp_path / "pairs.csv").write_text(text)
+    with pytest.raises(UserError, match=f"^(cannot read the table )?.*pairs.csv.*{reason.removeprefix('cannot read the table')}"):
+        evaluate.read_pairs(tmp_path / "pairs.csv")
+
+
 def test_bootstrap():
     mean, half = evaluate.bootstrap(np.random.default_rng(0).standard_normal(400))
     assert abs(mean) < 0.15 and half == pytest.approx(1.96 / 20, rel=0.15)

@@ -331,12 +331,13 @@ def test_pairs_with_text_faces_and_bad_lines(tmp_path, clip, monkeypatch, capsys
     both[:, 8:136, 8:136], both[:, 32:112, 176:256] = clip[0], small[:, ::1, ::-1]
     write_video(tmp_path / "driving.mp4", both)
     imageio.imwrite(tmp_path / "source.png", world.sample_clip(1_000_200, 1, 256)[0][0])
-    (tmp_path / "jobs.csv").write_text("source,driving,out,prompt\nsource.png,driving.mp4,made/a.mp4,\nnone.png,driving.mp4,b.mp4,\n"
-                                       ",driving.mp4,c.mp4,a person with red hair\nsource.png,driving.mp4,d.mp4,a person with red hair\n")
+    (tmp_path / "jobs.csv").write_text("\ufeffsource,driving,out,prompt\nsource.png,driving.mp4,made/a.mp4,\nnone.png,driving.mp4,b.mp4,\n"
+                                       ",driving.mp4,c.mp4,a person with red hair\nsource.png,driving.mp4,d.mp4,a person with red hair\n"
+                                       ",driving.mp4,e.mp4,\n")
     monkeypatch.setattr("sys.argv", ["sample.py", "--pairs", str(tmp_path / "jobs.csv"), "--steps", "1", "--only", "0:4"])
     sdit.run_main(sample.main)
     shown = capsys.readouterr()
-    assert "line 3: no such file" in shown.err and "3 of 4 written" in shown.out and "driving.mp4 shows 2 faces; number 0 by size" in shown.out
+    assert "line 3: no such file" in shown.err and "line 6: source is missing" in shown.err and "3 of 5 written" in shown.out and "driving.mp4 shows 2 faces; number 0 by size" in shown.out
     made = [frames_of(tmp_path / name) for name in ("made/a.mp4", "c.mp4", "d.mp4")]
     assert all(abs(made[i] - made[j]).mean() > 1 for i, j in ((0, 1), (0, 2), (1, 2)))      # picture, sentence, both
     options = dict(driving=tmp_path / "driving.mp4", source=tmp_path / "source.png", model=sample.load_models(), steps=1, only="0:4")

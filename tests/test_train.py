@@ -1,5 +1,6 @@
 """Training: the loss against closed forms, the optimiser's two rates, exact resume."""
 import json
+import multiprocessing
 import math
 import os
 import signal
@@ -154,10 +155,12 @@ def test_sigterm_saves_and_the_same_command_goes_on(cache, tmp_path, monkeypatch
     def interrupted(seed, step, *rest):
         steps.append(step)
         if steps == [0, 1]:
+            for child in multiprocessing.active_children():                     # as torchrun and batch systems do
+                os.kill(child.pid, signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
         return draw(seed, step, *rest)
     monkeypatch.setattr(train, "draw", interrupted)
-    run(cache, tmp_path / "parts", monkeypatch, "--save", "9")
+    run(cache, tmp_path / "parts", monkeypatch, "--save", "9", "--workers", "1")
     assert "saved after step 2" in capsys.readouterr().out and [p.name for p in (tmp_path / "parts").glob("state-*")] == ["state-00000002.pt"]
     run(cache, tmp_path / "parts", monkeypatch, "--save", "9")
     assert steps == [0, 1, 2, 3] and same(tmp_path / "whole", tmp_path / "parts")
@@ -200,6 +203,21 @@ def test_a_loss_that_is_not_finite_stops_before_saving(cache, tmp_path, monkeypa
     with pytest.raises(sdit.UserError, match="not finite at step 2; nothing was saved over"):
         run(cache, tmp_path / "run", monkeypatch, "--lr", "1e30", "--log-every", "4", "--save", "4")
     assert not list((tmp_path / "run").glob("*.pt"))
+    loss = train.diffusion_loss
+
+    def steep(*given):                                                          # a finite loss with a gradient that is not
+        error, bound = loss(*given)
+        return error + (error - error.detach()).abs().sqrt(), bound
+    monkeypatch.setattr(train, "diffusion_loss", steep)
+    with pytest.raises(sdit.UserError, match="not finite at step 2; nothing"):
+        run(cache, tmp_path / "run", monkeypatch)
+    assert not list((tmp_path / "run").glob("*.pt")) and not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("wrong", [("--save", "0"), ("--frames", "0"), ("--seed", "-1"), ("--accumulate", "3")])
+def test_what_could_only_fail_later_is_refused(wrong, cache, tmp_path, monkeypatch):
+    with pytest.raises(sdit.UserError, match="or more|does not divide"):
+        run(cache, tmp_path / "run", monkeypatch, *wrong)
 
 
 def test_operations_of_a_row():
