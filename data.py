@@ -285,8 +285,10 @@ class FaceLandmarker:
     def everyone(self, image):
         """Landmarks of every face of `image`, one after the other, the largest first."""
         squares, seen = self.faces(image), []
-        whole = None if squares else self.landmarks(image)                      # a face that fills the picture; to be believed, it
-        if whole is not None:                                                   # must be found again in its own square: a llama is not
+        # A face that fills the picture escapes the detector: the mesh is tried on the whole. It sees faces in other things too, so the
+        # face must be found again in its own square
+        whole = None if squares else self.landmarks(image)
+        if whole is not None:
             squares = [face_square(whole[None])]
         for square in squares:
             points = self.landmarks(image, square)
@@ -632,7 +634,7 @@ class Rows(torch.utils.data.Dataset):
     `caches` is a folder, or several as "FOLDER:SHARE", from which rows are drawn in these shares. A row is a dict: latents
     (T, C, H, W), landmarks (T, 478, 3), mask (T, H, W) in 0..1 (the record's weight), scene (S,), all float32. Clips with fewer
     than T + 2 frames give way to the next one (see `choose_frames`). With `held_out` the rows are of the held-out clips (of a
-    cache below 10 times as many, where none are held out, of its last)."""
+    cache of fewer than 80 clips no clip is held out, and they are its last)."""
 
     def __init__(self, caches, frames, seed=0, held_out=False):
         self.frames, self.seed, self.held_out = frames, seed, held_out
@@ -661,7 +663,8 @@ class Rows(torch.utils.data.Dataset):
         return shard, clip, first, end
 
     def _clip(self, n):
-        """The clip of row n: a cache is gone through in a new random order each epoch; of several mixed, each gives its share of the rows."""
+        """The clip of row n: a cache is gone through in a new random order each epoch; of several mixed, each gives its share of the rows, at
+        the places of its orders that n counts over all."""
         cache = np.random.default_rng([self.seed, 2, n]).choice(len(self.shares), p=self.shares) if len(self.shares) > 1 else 0
         clips = self.ranges[cache]
         epoch, i = divmod(n, len(clips))

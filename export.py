@@ -395,7 +395,7 @@ class Engine:
     name: str
     config: sdit.SDiTConfig
     groups: int
-    rows: int                                      # at most, at once
+    most_rows: int                                 # at once
     first_runner: callable
     rest_runner: callable
 

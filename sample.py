@@ -105,10 +105,10 @@ class Settings:
             raise UserError(f"no method {self.method!r}; choose anchored, multidiffusion or independent")
         if not math.isfinite(self.guidance) or self.seed < 0:
             raise UserError("--guidance is a number, --seed one from 0 up")
-        self.update()
+        self.sampler_step()                                                     # refuses what it does not know
 
-    def update(self):
-        """(update function of the sampler, whether it needs fresh noise)."""
+    def sampler_step(self):
+        """(function of one step of the sampler, whether it needs fresh noise)."""
         name, _, eta = self.sampler.partition(":")
         try:
             if name == "ddim" and 0 <= (eta := float(eta or 0)) <= 1:
@@ -172,7 +172,7 @@ def denoise(settings, x, frames, evaluate, progress, anchor=None):
     """From noise x (..., C, H, W), one latent for each of `frames`, to clean latents. evaluate(i, x, t) is the model's output at step i
     and timestep t. With `anchor`, a slot, x is overridden at the start and after every step (Alg. 1, step 3): for `sample_plain`; with the
     bank there is nothing to override."""
-    alpha_bar, state, (update, stochastic) = NoiseSchedule().alpha_bar, None, settings.update()
+    alpha_bar, state, (update, stochastic) = NoiseSchedule().alpha_bar, None, settings.sampler_step()
     x = sdit.override(x, anchor)
     for i, (t, after) in enumerate(settings.timesteps()):
         z = frame_noise(settings.seed, frames, x.shape[-3:], i + 1).to(x) if stochastic and after >= 0 else None
@@ -203,7 +203,7 @@ def call(function, x, t, c, *rest):
 @torch.no_grad()
 def sample_plain(model, x, frames, conditions, settings, anchor, progress=lambda: None):
     """The paper's rule: all rows x (B, T, C, H, W) in one batch, the anchor overridden at the start, in every layer (`SDiT.forward`) and
-    after every step (Alg. 1, step 3). Memory grows with the video; kept as the definition, and as what the tests compare with (the "oracle").
+    after every step (Alg. 1 overrides before the step: the same, since rows agree on their anchor's output and noise). Memory grows with the video; kept as the definition, and as what the tests compare with (the "oracle").
     With anchor None nothing is shared: rows are independent."""
     def evaluate(i, x, t):
         return guided([call(model, x, t, c, anchor) for c in conditions], settings.guidance)
@@ -281,8 +281,9 @@ def sample_some(model, rows, numbers, conditions, settings, bar):
     """Sample the rows `numbers` of a video, a few at a time: yields (their numbers, slots, latents (B, slots, C, H, W))."""
     c, device = model.config, conditions[0].device
     shape, anchor = (c.latent_channels, c.latent_size, c.latent_size), c.frames // 2
-    size = min(getattr(model, "rows", math.inf), max(1, CHUNK_TOKENS.get(device.type, 2048) // (c.tokens * c.frames)))
-    every, own = (np.flatnonzero(np.arange(rows.shape[1]) != s) for s in (-1, anchor))
+    size = min(getattr(model, "most_rows", math.inf), max(1, CHUNK_TOKENS.get(device.type, 2048) // (c.tokens * c.frames)))
+    every = np.arange(rows.shape[1])                                            # slots
+    own = np.delete(every, anchor)
 
     def inputs(chunk, slots):
         """(noise, frames, conditions); latents are at least in float32 on the way, whatever the model's precision."""
@@ -295,13 +296,13 @@ def sample_some(model, rows, numbers, conditions, settings, bar):
             chunk = numbers[i:i + size]
             yield chunk, lambda: bar.update(len(chunk))
 
-    if settings.method == "multidiffusion":
+    if settings.method == "multidiffusion":                                     # in one process only
         yield [0], every, sample_windows(model, inputs([0], every)[0][0], conditions, settings, size, bar.update)[None]
     elif settings.method == "independent":
         for chunk, progress in chunks(numbers):
             yield chunk, every, sample_plain(model, *inputs(chunk, every), settings, None, progress)
     else:
-        bar.total += settings.steps * (0 not in numbers)                        # row 0 comes first, whoever wants it
+        bar.total += settings.steps * (0 not in numbers)                        # row 0 comes first, whoever wants it: the bank is not kept on disk
         x, bank = sample_first(model, *inputs([0], every), settings, anchor, bar.update)
         yield [0], every, x
         for chunk, progress in chunks([b for b in numbers if b]):
@@ -378,8 +379,8 @@ def head_pose(points, onto):
 
 def neutral_frame(landmarks):
     """Number of the frame of landmarks (M, 478, 3) with the smallest mouth opening and rotation of the head."""
-    across, down = landmarks[:, 263] - landmarks[:, 33], landmarks[:, 152] - landmarks[:, 10]
-    turned = abs(np.arctan2(across[:, 2:0:-1], across[:, :1])).sum(1) + abs(np.arctan2(down[:, 2], down[:, 1]))
+    across, down = landmarks[:, 263] - landmarks[:, 33], landmarks[:, 152] - landmarks[:, 10]      # from eye to eye, from brow to chin
+    turned = abs(np.arctan2(across[:, [2, 1]], across[:, :1])).sum(1) + abs(np.arctan2(down[:, 2], down[:, 1]))
     gap = np.linalg.norm(landmarks[:, 13] - landmarks[:, 14], axis=1) / np.linalg.norm(across, axis=1)
     return int((turned + gap).argmin())
 
@@ -562,10 +563,10 @@ def reenact_pairs(path, models, **options):
         try:
             if not line["driving"] or not line["out"]:
                 raise UserError("driving or out is missing")
-            if not (line.get("source") or line.get("prompt") or options["prompt"]):
+            if not (line.get("source") or line.get("prompt") or options.get("prompt")):
                 raise UserError("source is missing, and so is a prompt")
             jobs = {k: folder / line[k] for k in ("source", "driving", "out") if line.get(k)}
-            reenact(model=models, prompt=line.get("prompt") or options["prompt"], **jobs, **{k: v for k, v in options.items() if k != "prompt"})
+            reenact(model=models, prompt=line.get("prompt") or options.get("prompt"), **jobs, **{k: v for k, v in options.items() if k != "prompt"})
             written += 1
         except Exception as e:                                                  # whatever is wrong with a line, the rest goes on
             print(f"{path}, line {number}: {e if isinstance(e, UserError) else f'{type(e).__name__}: {e}'}; skipped", file=sys.stderr)

@@ -1,6 +1,6 @@
 """The model: sDiT, the diffusion transformer for short sequences of frames, and the autoencoder of its latents.
 
-Everything here is network: no files but model files, no video, no sampling loop. Read it in this order:
+The networks, their files, and what every script needs (`run_main`, `fetch`); no video, no sampling loop. Read it in this order:
 
     SDiTConfig, make_config     the sizes, "XL/2" ... "demo"
     Attention, Block, Mapping   the building blocks
@@ -132,16 +132,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, keep=None, anchor_kv=None):
-        """x (B, T, N, D) -> the same shape, and the keys and values (2, 1, heads, N, D / heads) of slot `keep` in row 0, if one
+    def forward(self, x, bank_slot=None, anchor_kv=None):
+        """x (B, T, N, D) -> the same shape, and the keys and values (2, 1, heads, N, D / heads) of slot `bank_slot` in row 0, if one
         is named. `anchor_kv`, of that shape, is read by every row beside its own keys and values."""
         B, T, N, D = x.shape
         q, k, v = self.qkv(x).view(B, T * N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)   # (B, heads, TN, d)
-        kept = None if keep is None else torch.stack([k, v])[:, :1, :, keep * N:(keep + 1) * N].clone()
-        if anchor_kv is not None:                                               # the order of keys is of no importance
+        banked = None if bank_slot is None else torch.stack([k, v])[:, :1, :, bank_slot * N:(bank_slot + 1) * N].clone()
+        if anchor_kv is not None:                                               # (B, heads, TN + N, d); the order of keys is of no importance
             k, v = (torch.cat([own, shared.expand(B, -1, -1, -1)], 2) for own, shared in zip((k, v), anchor_kv))
         x = F.scaled_dot_product_attention(q, k, v)                            # (B, heads, TN, d)
-        return self.proj(x.transpose(1, 2).reshape(B, T, N, D)), kept
+        return self.proj(x.transpose(1, 2).reshape(B, T, N, D)), banked
 
 
 class MLP(nn.Module):
@@ -164,12 +164,12 @@ class Block(nn.Module):
         self.mlp = MLP(width, 4 * width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x, c, keep=None, anchor_kv=None):
+    def forward(self, x, c, bank_slot=None, anchor_kv=None):
         """Tokens x (B, T, N, D), conditioning plus timestep c (B, T, D); see `Attention.forward` for the rest."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).unsqueeze(2).chunk(6, -1)  # (B, T, 1, D)
-        y, kept = self.attn(modulate(x, shift1, scale1), keep, anchor_kv)
+        y, banked = self.attn(modulate(x, shift1, scale1), bank_slot, anchor_kv)
         x = x + gate1 * y
-        return x + gate2 * self.mlp(modulate(x, shift2, scale2)), kept
+        return x + gate2 * self.mlp(modulate(x, shift2, scale2)), banked
 
 
 class FinalLayer(nn.Module):
@@ -179,7 +179,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c).unsqueeze(2).chunk(2, -1)
+        shift, scale = self.adaLN_modulation(c).unsqueeze(2).chunk(2, -1)       # (B, T, 1, D)
         return self.linear(modulate(x, shift, scale))                           # (B, T, N, p * p * 2C)
 
 
@@ -189,7 +189,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, width, patch, stride=patch)
 
     def forward(self, latents):
-        B, T = latents.shape[:2]
+        B, T = latents.shape[:2]                                                # of (B, T, C, H, W)
         x = self.proj(latents.flatten(0, 1))                                    # (BT, D, H / p, W / p)
         return x.flatten(2).transpose(1, 2).unflatten(0, (B, T))                # (B, T, N, D)
 
@@ -223,8 +223,8 @@ class Mapping(nn.Module):
 
     The landmarks come in at unit scale, by mean and spread over the training set (buffers that train.py fills, and the
     model file keeps): else they are nearly constant numbers between 0 and 1, and the ten times smaller learning rate of
-    this network (paper 4.1) barely sees them move. The scene, a unit vector, is multiplied by SCENE_GAIN sqrt(S): its S
-    numbers must be heard beside the 1434 of the landmarks. The null vectors stand for scaled ones."""
+    this network (paper 4.1) would take long to use their motion. The scene, a unit vector, is multiplied by
+    SCENE_GAIN sqrt(S), which brings its S numbers to the size of the 1434 of the landmarks. The null vectors stand for scaled ones."""
 
     SCENE_GAIN = 3                                 # in short trainings of the demo the scene was used sooner than at 1 or 6
 
@@ -256,7 +256,8 @@ class Mapping(nn.Module):
 # The model
 
 def override(x, anchor):
-    """Eq. 3: the anchor slot of every row becomes that of row 0. x (B, T, ...); `anchor` a slot, or None for nothing."""
+    """Eq. 3: the anchor slot of every row becomes that of row 0. x (B, T, ...); `anchor` a slot, or None for nothing. Attention stays within a
+    row, so row 0 is what it would be alone, and all other rows read of it, in every layer, nothing but this slot."""
     if anchor is None:
         return x
     return torch.cat([x[:, :anchor], x[:1, anchor:anchor + 1].expand_as(x[:, anchor:anchor + 1]), x[:, anchor + 1:]], 1)
@@ -318,6 +319,7 @@ class SDiT(nn.Module):
         embedding and after every block (Eq. 3; 3.2: "in all layers throughout the model architecture").
         Returns (B, T, 2C, H, W): the noise, then v in about -1..1, the learned sigma: trained by `train.variational_bound`
         (see `NoiseSchedule.log_variance`), read in sampling by `sample.ddpm` alone."""
+        # timestep and conditioning are added, as DiT adds its class (the paper does not say how they meet)
         c = override(self.t_embedder(timesteps)[:, None] + conditioning, anchor)       # (B, T, D)
         x = override(self.embed(latents, range(latents.shape[1])), anchor)             # (B, T, N, D)
         for block in self.blocks:
@@ -339,13 +341,13 @@ class SDiT(nn.Module):
         slots = [s for s in range(latents.shape[1] + 1) if s != anchor]
         return self._forward_bank(latents, timesteps, conditioning, slots, None, anchor_kv)[0]
 
-    def _forward_bank(self, latents, timesteps, conditioning, slots, keep, anchor_kv):
-        c = self.t_embedder(timesteps)[:, None] + conditioning
-        x, kept = self.embed(latents, slots), []
+    def _forward_bank(self, latents, timesteps, conditioning, slots, bank_slot, anchor_kv):
+        c = self.t_embedder(timesteps)[:, None] + conditioning                  # (B, T or T - 1, D)
+        x, bank = self.embed(latents, slots), []                                # (B, T or T - 1, N, D)
         for i, block in enumerate(self.blocks):
-            x, kv = block(x, c, keep, None if anchor_kv is None else anchor_kv[i])
-            kept.append(kv)
-        return self.unpatchify(self.final_layer(x, c)), None if keep is None else torch.stack(kept)
+            x, kv = block(x, c, bank_slot, None if anchor_kv is None else anchor_kv[i])
+            bank.append(kv)
+        return self.unpatchify(self.final_layer(x, c)), None if bank_slot is None else torch.stack(bank)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -491,9 +493,9 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(w[-1], 2 * c.latent_channels, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv_in(x)
+        x = self.conv_in(x)                                                     # (B, w[0], h, w)
         for level in self.down_blocks:
-            x = level(x)
+            x = level(x)                                                        # at last (B, w[-1], H, W)
         return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
 
 
@@ -509,9 +511,9 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(w[-1], 3, 3, padding=1)
 
     def forward(self, x):
-        x = self.mid_block(self.conv_in(x))
+        x = self.mid_block(self.conv_in(x))                                     # (B, w[0], H, W)
         for level in self.up_blocks:
-            x = level(x)
+            x = level(x)                                                        # at last (B, w[-1], h, w)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
@@ -540,6 +542,7 @@ class AutoencoderKL(nn.Module):
         return self.moments(images.flatten(0, -4))[0].unflatten(0, images.shape[:-3]) * self.config.scale
 
     def decode(self, latents):
+        """Latents (.., C, H, W) -> images (.., 3, h, w) in [-1, 1]."""
         return self.reconstruct(latents.flatten(0, -4) / self.config.scale).unflatten(0, latents.shape[:-3]).clamp(-1, 1)
 
 

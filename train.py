@@ -99,7 +99,8 @@ def draw(seed, step, shape, p_drop):
 # ----------------------------------------------------------------------------------------------------------------------
 # States on disk
 
-# What a run is; a state of another recipe is refused. The other arguments, and the number of processes, may change between sessions.
+# What a run is; a state of another recipe, or of a cache with another mean scene, is refused. The other arguments, and the number of processes,
+# may change between sessions.
 RECIPE = ("steps", "batch", "lr", "weight_decay", "lambda_ex", "drop", "ema", "precision", "seed")
 
 
