@@ -9,8 +9,8 @@
     torchrun --nproc_per_node=8 curate.py detect VIDEOS --out clips            # the same work shared, with nothing in common but the folder
 
 If VIDEOS holds celebvhq_info.json or VFHQ's Clip+ID+...txt, only the videos, times and faces listed there are used; RAVDESS is known by its file
-names. With torchrun, give the same command once more without it at the end: it writes the histogram or the manifest. Every stage keeps one file a video in OUT/STAGE, so nothing is done
-twice, and a video that crashes the decoder is a line of the manifest.
+names. With torchrun, give the same command once more without it at the end: it writes the histogram or the manifest. Every stage keeps one
+file a video in OUT/STAGE, so nothing is done twice, and a video that crashes the decoder is a line of the manifest.
 """
 import argparse
 import concurrent.futures
@@ -138,17 +138,19 @@ def search(a):
         before = fetched()
         run = subprocess.run([program, *target, "--match-filters", "height>=?720 & !is_live & duration<3600",
                               "-f", "bv*[height>=720][height<=1080][vcodec^=avc1]+ba/bv*[height>=720]+ba",
-                              "--download-archive", a.out / "archive.txt", "-c", "--write-info-json", "--no-write-playlist-metafiles", "-t", "sleep", "--retry-sleep", "exp=1:120",
-                              "-o", a.out / "videos" / "%(id)s.%(ext)s"], capture_output=True, text=True)
+                              "--download-archive", a.out / "archive.txt", "-c", "--write-info-json", "--no-write-playlist-metafiles",
+                              "-t", "sleep", "--retry-sleep", "exp=1:120", "-o", a.out / "videos" / "%(id)s.%(ext)s"], capture_output=True, text=True)
         refused = run.returncode and any(word in run.stderr for word in REFUSALS)
         if refused:
-            raise UserError(f"the site refuses ({run.stderr.strip().splitlines()[-1]}); wait some hours, then give the same command: it goes on at {query!r}")
+            raise UserError(f"the site refuses ({run.stderr.strip().splitlines()[-1]}); wait some hours, then give the same command: it goes on "
+                            f"at {query!r}")
         done_now = run.returncode == 0 or fetched() > before                    # single videos that are gone do not stop a query; no network does
         with open(log, "a") as f:
             f.write("\n" + json.dumps(dict(query=query, done=done_now, code=run.returncode, last=run.stderr.strip().splitlines()[-1:])) + "\n")
         if not done_now:
             print(f"nothing came of {query!r} ({''.join(run.stderr.strip().splitlines()[-1:])}); the same command tries it again", file=sys.stderr)
-    print(f"{sum(p.suffix in data.VIDEOS for p in (a.out / 'videos').glob('*'))} videos in {a.out / 'videos'}; next: python curate.py run {a.out / 'videos'} --out {a.out}")
+    folder = a.out / "videos"
+    print(f"{len(data.list_files(folder, data.VIDEOS))} videos in {folder}; next: python curate.py run {folder} --out {a.out}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -184,8 +186,9 @@ def shots_end(x):
 
 
 def dissolves(x, cuts):
-    """[(end of a shot, begin of the next)] of the dissolves between frames x (M, 24, 24, 3), none of them over one of `cuts`. In the middle of a dissolve a frame is
-    the mean of those before and after, as hardly ever in motion; its ends are where the mixture, extrapolated, is 0 and 1."""
+    """[(end of a shot, begin of the next)] of the dissolves between frames x (M, 24, 24, 3), none of them over one of `cuts`. In the middle
+    of a dissolve a frame is the mean of those before and after, as hardly ever in motion; its ends are where the mixture, extrapolated, is 0
+    and 1."""
     found = []
     for reach in (4, 8, 16):
         a, middle, b = x[:-2 * reach], x[reach:len(x) - reach], x[2 * reach:]
@@ -340,7 +343,8 @@ def pieces(first, points, others, shape, fps, a):
         if half / fps > a.min_seconds:
             return [c for k in (slice(0, half), slice(half, None)) for c in pieces(first + (k.start or 0), points[k], others, shape, fps, a)]
         return [here | dict(reason="face moves out of its square")]
-    inside = [any(overlap(box, (x, y, x + side, y + side)) > 0.02 for box in others.get(f, ())) for f in range(here["start"], here["end"]) if f in others]
+    looks = [f for f in range(here["start"], here["end"]) if f in others]
+    inside = [any(overlap(box, (x, y, x + side, y + side)) > 0.02 for box in others[f]) for f in looks]
     if np.mean(inside or [0]) > 0.2:
         return [here | dict(reason="another face in its square")]
     if np.nanstd(points / side, 0).mean() < 5e-4:
@@ -567,7 +571,8 @@ def run_stage(stage, sources, a):
         frames += sum(c["end"] - c["start"] for c in candidates)
         bar.set_postfix(kept=counts["kept"], left_out=sum(counts.values()) - counts["kept"])
     seconds = time.perf_counter() - began
-    print(f"{stage}: {len(todo)} videos, {len(todo) / seconds * 3600:,.0f} an hour" + (f", {frames / seconds:.0f} frames of candidates a second" if frames else ""))
+    speed = f", {len(todo) / seconds * 3600:,.0f} an hour, {frames / seconds:.0f} frames of candidates a second" if todo else ""
+    print(f"{stage}: {len(todo)} videos{speed}")
     for reason, n in counts.most_common():
         print(f"  {n:6} {reason}")
 
@@ -636,7 +641,8 @@ def arguments():
     ap.add_argument("source", type=Path, nargs="?", help="folder of videos; of `search`: a file of queries")
     ap.add_argument("--out", type=Path, default=Path("clips"))
     ap.add_argument("--top", type=int, default=20, help="of `search`: videos a query (the paper's 20)")
-    ap.add_argument("--min-side", type=int, default=400, help="pixels of a clip's square at least (the paper's 400 cannot be the face's own box: its clips would be larger than they are)")
+    ap.add_argument("--min-side", type=int, default=400, help="pixels of a clip's square at least (the paper's 400 cannot be the face's own "
+                    "box: its clips would be larger than they are)")
     ap.add_argument("--min-seconds", type=float, default=2.0, help="clips are longer than this")
     ap.add_argument("--clip", default=DEMO / "clip.safetensors", help="CLIP of `validate`: a file, or ViT-L-14, the paper's")
     ap.add_argument("--min-clip", type=float, default=0.75, help="smallest CLIP cosine to the first frame; see histogram.png")
@@ -645,7 +651,8 @@ def arguments():
     ap.add_argument("--hyperiqa", type=Path, help="folder with koniq_pretrained.pkl: quality for stats")
     ap.add_argument("--size", type=int, default=512, help="pixels of the written clips")
     ap.add_argument("--test", type=float, default=0.02, help="share of identities that go to OUT/test")
-    ap.add_argument("--drop", type=Path, help="file with a clip, video or identity a line to leave out, now and ever after (OUT/drop.txt); clips already written go")
+    ap.add_argument("--drop", type=Path, help="file with a clip, video or identity a line to leave out, now and ever after (OUT/drop.txt); "
+                    "clips already written go")
     return ap.parse_args()
 
 

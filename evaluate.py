@@ -179,16 +179,16 @@ def hyperiqa(net, images):
 
 
 # Third-party weights: address, sha256. They are looked for, by name, in --weights.
-INSIGHT, LATENTSYNC = "https://huggingface.co/public-data/insightface/resolve/main/models/buffalo_l", "https://huggingface.co/ByteDance/LatentSync-1.5"
 WEIGHTS = {
     "weights-inception-2015-12-05-6726825d.pth": (
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
         "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"),
     "i3d_torchscript.pt": ("https://huggingface.co/flateon/FVD-I3D-torchscript/resolve/1c2d61711c52571ad617a1063e6fa691b212e184/i3d_torchscript.pt",
                            "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"),
-    "koniq_pretrained.pkl": (f"{LATENTSYNC}/resolve/main/auxiliary/koniq_pretrained.pkl",
+    "koniq_pretrained.pkl": ("https://huggingface.co/ByteDance/LatentSync-1.5/resolve/main/auxiliary/koniq_pretrained.pkl",
                              "ff9277bcc68ecc10e77d88b6d0a32825ec3c85562095542734ec6212eaaf6d81"),
-    "w600k_r50.onnx": (f"{INSIGHT}/w600k_r50.onnx", "4c06341c33c2ca1f86781dab0e829f88ad5b64be9fba56e56bc9ebdefc619e43"),
+    "w600k_r50.onnx": ("https://huggingface.co/public-data/insightface/resolve/main/models/buffalo_l/w600k_r50.onnx",
+                       "4c06341c33c2ca1f86781dab0e829f88ad5b64be9fba56e56bc9ebdefc619e43"),
 }
 
 
@@ -223,7 +223,8 @@ def load_i3d(folder, device="cpu"):
     def features(images):
         images = images[np.arange(16) * min(len(images), 16) // 16]
         with torch.no_grad():
-            return net(torch.from_numpy(images).to(device).movedim(-1, 0)[None].float(), rescale=True, resize=True, return_features=True).cpu().numpy()
+            x = torch.from_numpy(images).to(device).movedim(-1, 0)[None].float()                   # (1, 3, 16, h, w)
+            return net(x, rescale=True, resize=True, return_features=True).cpu().numpy()
     return features
 
 
@@ -432,7 +433,8 @@ def finish(a, models, name, title, header, rows, notes=(), figure=None, **protoc
     versions = {p: metadata.version(p) for p in ("torch", "mediapipe", "torch-fidelity", "scikit-learn", "open_clip_torch")}
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items()}
     about = dict(name=name, markdown=text, picture=f"{name}.png" if figure is not None else None, settings=settings, model=models and models.sha256,
-                 sampler=sample.Settings.sampler, versions=versions, left_out=list(LEFT_OUT), crop="face box 0.45 x 0.53 of a fixed square", **protocol)
+                 sampler=sample.Settings.sampler, versions=versions, left_out=list(LEFT_OUT), crop="face box 0.45 x 0.53 of a fixed square",
+                 **protocol)
     REPORTED.extend(LEFT_OUT)
     LEFT_OUT.clear()
     data.write_text(a.out / f"{name}.json", json.dumps(about, indent=1, default=str))
@@ -483,9 +485,11 @@ def table_columns(found, nets):
         column["HyperIQA"] = plus([x["made_hyperiqa"].mean() for x in r], 1)
     column["Fréchet distance, CLIP features"] = f"{frechet(gather('made_clip'), gather('driving_clip')):.3f}"
     pairs = [(x["made_landmarks"], x["driving_landmarks"]) for x in r]
+    missed = [100 * np.mean([np.isnan(p[i][:, 0, 0]).mean() for p in pairs]) for i in (0, 1)]
     column |= {"LMSE": plus([lmse(*p) for p in pairs], 1), "Expressive-LMSE": plus([lmse(*p, data.EXPRESSIVE) for p in pairs], 1),
-               "LMSE, x and y": plus([lmse(*p, axes=2) for p in pairs], 1), "LMSE, heads laid onto each other": plus([lmse(laid_onto(*p), p[1]) for p in pairs], 1),
-               "frames without a face, made and driving": ", ".join(f"{100 * np.mean([np.isnan(p[i][:, 0, 0]).mean() for p in pairs]):.1f} %" for i in (0, 1)),
+               "LMSE, x and y": plus([lmse(*p, axes=2) for p in pairs], 1),
+               "LMSE, heads laid onto each other": plus([lmse(laid_onto(*p), p[1]) for p in pairs], 1),
+               "frames without a face, made and driving": f"{missed[0]:.1f} %, {missed[1]:.1f} %",
                "CSIM": plus([csim(x["source_clip"], x["made_clip"]) for x in r], 3),
                "Self-CSIM": plus([self_csim(x["made_clip"], x["driving_clip"]) for x in r], 3)}
     if known := [x for x in r if "psnr" in x]:
@@ -508,43 +512,47 @@ def list_clips(a):
     return dict(list(zip(names, paths))[:a.n])
 
 
+def table_items(a, same):
+    """What a table is about: {name: (driving video, source picture or None, true result or None, where a result may lie or None)}."""
+    if same:                                                                    # the source is a frame of the clip, the truth the clip itself
+        return {name: (path, None, path, None) for name, path in list_clips(a).items()}
+    table = a.pairs or a.out / "world" / "pairs.csv"
+    truths = {p.stem: p for p in data.list_files(table.parent / "truth", data.VIDEOS)}
+    return {name: (driving, source, truths.get(Path(name).name), out) for name, driving, source, out in read_pairs(table)[:a.n]}
+
+
 def table1(a, models, same):
     """Table 1 for one protocol: of videos made by each method of sampling; or of videos that are there, in the folder `--videos`, or under the
     names of the column out."""
-    nets, title = load_nets(a.weights, models.device), f"{'Same' if same else 'Cross'}-identity reenactment (Table 1)"
-    if same:
-        items = {name: (path, None, None) for name, path in list_clips(a).items()}
-        truths = {name: path for name, (path, _, _) in items.items()}           # the driving video itself
-    else:
-        pairs = a.pairs or a.out / "world" / "pairs.csv"
-        items = {name: (driving, source, out) for name, driving, source, out in read_pairs(pairs)[:a.n]}
-        truths = {name: p for name in items if (p := pairs.parent / "truth" / f"{Path(name).name}.mp4").exists()}
-    made_before = a.videos or any(out is not None and out.exists() for _, _, out in items.values())
-    found, methods = {}, ["given"] if made_before else list(METHODS)
-    for method in methods:
-        def result_of(name):
-            return (named(a.videos, name) if a.videos else items[name][2]) if made_before else None
+    nets, items, found, protocol = load_nets(a.weights, models.device), table_items(a, same), {}, "same" if same else "cross"
+    there = bool(a.videos or any(out and out.exists() for *_, out in items.values()))
+    for method in ["given"] if there else METHODS:
+        def given(name):
+            return named(a.videos, name) if a.videos else items[name][3]
 
         def files(name):
-            return [*items[name][:2], truths.get(name), result_of(name)]
+            return [*items[name][:3], given(name) if there else None]
 
         def measure(number, name):
-            path, source, _ = items[name]
-            case = read_case(path, a, models, number, a.frames, source, truths.get(name), result_of(name))
-            return judge(case, case.given if made_before else reenact(models, case.source, case.landmarks, settings_of(a, method, number)), models, nets)
-        key = [f"{'same' if same else 'cross'}, {method}", models.sha256, str(a.videos), str(a.pairs), str(a.clips), a.frames,
-               dataclasses.astuple(settings_of(a, sample.Settings.method if made_before else method)), sorted(k for k, v in nets.items() if callable(v))]
-        column = method if not made_before else a.videos.resolve().name if a.videos else "column out"
+            driving, source, truth, _ = items[name]
+            case = read_case(driving, a, models, number, a.frames, source, truth, given(name) if there else None)
+            made = case.given if there else reenact(models, case.source, case.landmarks, settings_of(a, method, number))
+            return judge(case, made, models, nets)
+        settings = dataclasses.astuple(settings_of(a, sample.Settings.method if there else method))
+        key = [f"{protocol}, {method}", models.sha256, str(a.videos), str(a.pairs), str(a.clips), a.frames, settings,
+               sorted(k for k, v in nets.items() if callable(v))]
+        column = method if not there else a.videos.resolve().name if a.videos else "column out"
         found[column] = measured(key, list(items), measure, a, files)
     found = measured_by_all(found)
     columns = {column: table_columns(results, nets) for column, results in found.items()}
     names = list(dict.fromkeys(k for c in columns.values() for k in c))
     rows = [[k, *(c.get(k, "-") for c in columns.values()), PAPER.get(k, ("", ""))[not same]] for k in names]
     missing = [f"Missing: {name}: {reason}" for name, reason in nets.items() if not callable(reason)]
-    notes = [f"{len(next(iter(found.values())))} videos of {a.frames} frames; mean ± half of the 95 % interval over videos; LMSE in pixels² of a crop of 256.", *missing]
-    name = ("same" if same else "cross") + (f"-{a.videos.resolve().name if a.videos else 'given'}" if made_before else "")
-    finish(a, models, name, title, ["", *columns, "paper (XL, real faces)"], rows, notes, fvd=f"{a.frames} frames spread over 16" if a.frames < 16 else "first 16 frames",
-           reference="frames of the driving clips", missing=missing)
+    count = len(next(iter(found.values())))
+    notes = [f"{count} videos of {a.frames} frames; mean ± half of the 95 % interval over videos; LMSE in pixels² of a crop of 256.", *missing]
+    name = protocol + (f"-{a.videos.resolve().name if a.videos else 'given'}" if there else "")
+    finish(a, models, name, f"{protocol.title()}-identity reenactment (Table 1)", ["", *columns, "paper (XL, real faces)"], rows, notes,
+           fvd=f"{a.frames} frames spread over 16" if a.frames < 16 else "first 16 frames", reference="frames of the driving clips", missing=missing)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -571,7 +579,8 @@ def length(a, models, lengths=(12, 16, 20, 24)):
     rows = [[M, *(plus(found[M, m], 3) for m in METHODS)] for M in lengths]
     verdicts = [f"At {M} frames, anchored minus {m}, video by video: {plus(np.subtract(found[M, 'anchored'], found[M, m]), 3)}."
                 for M in lengths[-1:] for m in METHODS[1:]]
-    notes = [f"{len(found[lengths[0], 'anchored'])} videos a point. The paper: anchored below MultiDiffusion at every length, the gap growing with it.", *verdicts]
+    notes = [f"{len(found[lengths[0], 'anchored'])} videos a point. The paper: anchored below MultiDiffusion at every length, the gap growing with it.",
+             *verdicts]
     finish(a, models, "length", "Self-CSIM against length (Fig. 5)", ["frames", *METHODS], rows, notes, figure)
 
 
@@ -613,7 +622,8 @@ def ablation(a, models, M=24):
         rows.append([name + (f" (as planned, {a.steps} steps)" if name == "dealt strided" else ""), len(sample.plan_rows(M, T, variants[name][1])[0]),
                      plus([self_csim(r["made_clip"], r["driving_clip"]) for r in results.values()], 3), plus([lmse(*p) for p in pairs], 1),
                      plus([lmse(*p, data.EXPRESSIVE) for p in pairs], 1)])
-    finish(a, models, "ablation", "Dealing, anchor, steps", ["", "rows", "Self-CSIM", "LMSE", "Expressive-LMSE"], rows, [f"{len(next(iter(found.values())))} self-reenactments of {M} frames."])
+    finish(a, models, "ablation", "Dealing, anchor, steps", ["", "rows", "Self-CSIM", "LMSE", "Expressive-LMSE"], rows,
+           [f"{len(next(iter(found.values())))} self-reenactments of {M} frames."])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -692,8 +702,10 @@ def scenes(a, models, frames=64):
     paper = dict(zip(["ArcFace", "CLIP", "MLP, centre loss", "MLP, ArcFace loss", "MLP, focal loss"],
                      ["1.516 / 113", "0.611 / 641", "0.819 / 411", "0.810 / 413", "0.673 / 493"]))
     rows = [[k, *(f"{s:.3f}" if i == 0 else f"{s:.0f}" for i, s in enumerate(clustering(v, labels))), paper[k]] for k, v in vectors.items()]
-    finish(a, models, "scenes", "Scene recognition (Table 2, Fig. 14)", ["", "Davies-Bouldin, lower is better", "Calinski-Harabasz, higher is better", "paper"], rows,
-           [f"{len(test)} frames of {len(found) - half} videos; heads trained on {half} other videos.", *missing], tsne({k: vectors[k] for k in ("ArcFace", "CLIP") if k in vectors}, labels))
+    finish(a, models, "scenes", "Scene recognition (Table 2, Fig. 14)",
+           ["", "Davies-Bouldin, lower is better", "Calinski-Harabasz, higher is better", "paper"], rows,
+           [f"{len(test)} frames of {len(found) - half} videos; heads trained on {half} other videos.", *missing],
+           tsne({k: vectors[k] for k in ("ArcFace", "CLIP") if k in vectors}, labels))
 
 
 def tsne(vectors, labels, videos=24):
@@ -769,7 +781,8 @@ def guidance(a, models):
     table = [[k, *(f"{r[q].mean():.3f}" for q in quarters)] for k, r in ratios.items()]
     finish(a, None, "guidance", "Impact of the guidance signals (Fig. 7): error / error of the unguided denoiser",
            ["", *(f"t = {times[q[0]]} to {times[q[-1]]}" for q in quarters)], table,
-           ["The paper: landmarks help most at large t, both together are best, gains are largest in the middle."], figure, errors={k: v.mean(0).tolist() for k, v in found.items()})
+           ["The paper: landmarks help most at large t, both together are best, gains are largest in the middle."], figure,
+           errors={k: v.mean(0).tolist() for k, v in found.items()})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -785,7 +798,8 @@ def figures(a, models):
     MultiDiffusion, 12 frames), -6 (pairs), -20 (24 frames)."""
     a.out.mkdir(parents=True, exist_ok=True)
     pairs = read_pairs(a.pairs or a.out / "world" / "pairs.csv")[:4]
-    cases = [read_case(driving, a, models, i, 24, source) for i, (_, driving, source, _) in enumerate(tqdm(pairs, "reading", leave=False, disable=None))]
+    numbered = enumerate(tqdm(pairs, "reading", leave=False, disable=None))
+    cases = [read_case(driving, a, models, i, 24, source) for i, (_, driving, source, _) in numbered]
 
     def made(case, M, settings, **rest):
         return reenact(models, case.source, case.landmarks[:M], settings, **rest)
@@ -800,8 +814,8 @@ def figures(a, models):
               4: [[one.source, *one.driving[:12]], *([None, *made(one, 12, settings_of(a, method))] for method in ("anchored", "multidiffusion"))],
               6: [row for case, result in zip(cases, results) for row in ([None, *case.driving[eight]], [case.source, *result[eight]])],
               20: [[None, *one.driving[:12]], [one.source, *results[0][:12]], [None, *one.driving[12:]], [None, *results[0][12:]]]}
-    notes = {1: f'driving frames; reenactment; the text "{a.prompt}"; the edit "{a.edit}"', 4: "driving frames; anchored; MultiDiffusion", 6: "driving frames above results",
-             20: "24 frames: driving above results"}
+    notes = {1: f'driving frames; reenactment; the text "{a.prompt}"; the edit "{a.edit}"', 4: "driving frames; anchored; MultiDiffusion",
+             6: "driving frames above results", 20: "24 frames: driving above results"}
     for number, rows in tqdm(sheets.items(), "drawing", leave=False, disable=None):
         Image.fromarray(np.concatenate([strip(row) for row in rows])).save(a.out / f"figure-{number}.png")
         about = dict(name=f"figure-{number}", markdown=f"**Figure {number}**: {notes[number]}.", picture=f"figure-{number}.png", model=models.sha256,
@@ -865,7 +879,8 @@ def pairs_set(a):
 
 def report(a):
     """OUT/report.md: every result that is there, in the paper's order."""
-    order = [*(p.stem for k in ("same", "cross") for p in sorted(a.out.glob(f"{k}*.json"))), "length", "ablation", "scenes", "guidance", *(f"figure-{n}" for n in (1, 4, 6, 20))]
+    tables = [p.stem for k in ("same", "cross") for p in sorted(a.out.glob(f"{k}*.json"))]
+    order = [*tables, "length", "ablation", "scenes", "guidance", *(f"figure-{n}" for n in (1, 4, 6, 20))]
     found = [json.loads(p.read_text()) for name in order if (p := a.out / f"{name}.json").exists()]
     if not found:
         raise UserError(f"nothing is in {a.out} yet; run the other commands first")

@@ -235,7 +235,8 @@ def torch_program(graph, form):
     """torch.export's program of a graph, for any number of rows. (The ONNX exporter by itself fixes the rows, without a word, where it
     cannot keep them open; this raises.)"""
     rows, dtype = torch.export.Dim("rows", min=1, max=1024), graph.position.dtype
-    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in example(graph.config, form, 3, graph.groups, device=graph.position.device).items()}
+    inputs = example(graph.config, form, 3, graph.groups, device=graph.position.device)
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     return torch.export.export(graph, (), inputs, dynamic_shapes={k: {0: rows} if k in OPEN else None for k in inputs})
 
 
@@ -510,7 +511,8 @@ def check(model, kind, path, form, precision, groups, device, rows):
     dtype, note = PRECISIONS[precision], ""
     with tempfile.TemporaryDirectory() as scratch:
         if kind == "onnx" and precision == "bf16" and device.type == "cpu":
-            path, dtype, note = upcast(path, Path(scratch)), torch.float32, " (weights in bf16, computed in float32: no bf16 in ONNX Runtime on a CPU)"
+            path, dtype = upcast(path, Path(scratch)), torch.float32
+            note = " (weights in bf16, computed in float32: no bf16 in ONNX Runtime on a CPU)"
         run = load_runner(kind, path, model.config, form, groups, dtype, device)
         error, control = verify(model, form, groups, run, rows[-1])
     against = "" if control is None else f"; without the anchor it would be {control:.2g}"
@@ -633,7 +635,8 @@ def bench_runners(model, a, device, folder):
 
 
 def bench(model, a, device, repeat=7):
-    """Time one evaluation of the typical number of rows by every backend and form, both in turn, after two warm calls: medians, ratios to eager override."""
+    """Time one evaluation of the typical number of rows by every backend and form, each in turn, after two warm calls: medians, ratios to
+    eager override."""
     a.out, inputs = Path(tempfile.mkdtemp()), example(model.config, "packed", a.rows[0], a.groups, model.config.frames // 2, device=device)
     seconds, memory, missing = {}, {}, {}
     try:

@@ -203,7 +203,8 @@ def call(function, x, t, c, *rest):
 @torch.no_grad()
 def sample_plain(model, x, frames, conditions, settings, anchor, progress=lambda: None):
     """The paper's rule: all rows x (B, T, C, H, W) in one batch, the anchor overridden at the start, in every layer (`SDiT.forward`) and
-    after every step (Alg. 1 overrides before the step: the same, since rows agree on their anchor's output and noise). Memory grows with the video; kept as the definition, and as what the tests compare with (the "oracle").
+    after every step (Alg. 1 overrides before the step: the same, since rows agree on their anchor's output and noise). Memory grows with the
+    video; kept as the definition, and as what the tests compare with (the "oracle").
     With anchor None nothing is shared: rows are independent."""
     def evaluate(i, x, t):
         return guided([call(model, x, t, c, anchor) for c in conditions], settings.guidance)
@@ -267,7 +268,8 @@ def sample_video(model, conditions, settings, wanted=None, finished=None, share=
     finished, wanted = {} if finished is None else finished, set(range(M) if wanted is None else wanted)
     needed = [b for b in range(len(rows)) if wanted & set(rows[b][keep[b]].tolist())]
     if share[0] == 0 and len(wanted) < M:
-        print(f"{len(wanted)} of {M} frames: {len(needed)} of {len(rows)} rows" + (", and row 0, which holds the anchor" if needed[0] and method == "anchored" else ""))
+        first = ", and row 0, which holds the anchor" if needed[0] and method == "anchored" else ""
+        print(f"{len(wanted)} of {M} frames: {len(needed)} of {len(rows)} rows{first}")
     mine = [b for b in needed[share[0]::share[1]] if b not in finished]
     with tqdm(total=settings.steps * len(mine), desc="denoising", unit="row-step", leave=False, disable=True if share[0] else None) as bar:
         for chunk, slots, x in sample_some(model, rows, mine, conditions, settings, bar) if mine else ():

@@ -183,15 +183,20 @@ def edit_case(seed, a, models):
 
 def retarget_case(seed, a, models):
     """Raw and retargeted landmarks: how far the generated face's shape is from the source's, and whether it still follows the driver. `shape`:
-    root mean square distance, of 256 pixels, of the neutral frame's landmarks, laid onto the source's by their rigid points."""
+    root mean square distance, of 256 pixels, of the neutral frame's landmarks, laid onto the source's by their rigid points; `mean_shape`:
+    of the difference to the true rendering's landmarks, averaged over the clip, which quiets the noise of single frames."""
     case, size = read_case(seed, a, models), models.size
     neutral = sample.neutral_frame(case.tracked.landmarks)
     given = {"raw": case.tracked.landmarks, "retargeted": sample.retargeted(case.tracked.landmarks, case.shape)}
     videos = {k: reenact(models, case.source, points, settings(a, seed)) for k, points in given.items()}
     true, scores = case.truth(size), {}
+    expected = find_landmarks(models.landmarker, true)
     for k, images in (videos | {"true": true}).items():
         found = find_landmarks(models.landmarker, images)
+        apart = laid_onto(found, expected) - expected                           # (M, 478, 3)
         scores[k] = dict(found=float((~np.isnan(found[:, 0, 0])).mean()))
+        if not np.isnan(apart).all():
+            scores[k]["mean_shape"] = 256 * math.sqrt((np.nanmean(apart, 0) ** 2).mean())
         for what, points in (("shape", found[neutral][None]), ("asked", given[k][neutral][None] if k in given else None)):
             if points is not None and not np.isnan(points).any():
                 scores[k][what] = math.sqrt(lmse(laid_onto(points, case.shape[None]), case.shape[None]))
