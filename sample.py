@@ -387,18 +387,30 @@ def neutral_frame(landmarks):
     return int((turned + gap).argmin())
 
 
+# The outline of the face
+OVAL = [10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152, 148, 176, 149, 150, 136, 172, 58, 132, 93, 234, 127,
+        162, 21, 54, 103, 67, 109]
+
+
 def retargeted(driving, source):
-    """Landmarks (M, 478, 3) with the shape of the source's face and the motion of the driving one's (paper silent; raw landmarks carry
+    """Landmarks (M, 478, 3) with the proportions of the source's face and the motion of the driving one's (paper silent; raw landmarks carry
     the driver's shape into the result). driving (M, 478, 3); source (478, 3), any unit.
 
-    The neutral driving frame is compared with the source, laid onto it by its rigid points; the difference of shape follows the head
-    through the video, turned and sized with it, and is added to every frame."""
+    The neutral driving frame is compared with the source, laid onto it by its rigid points: how much wider and higher is the outline along
+    the head's own axes? Half of that is applied to every frame, turned and sized with the head. (One picture, with an expression of its own,
+    tells no more: the difference point by point, and the whole of it, were further from the truth on the demo world than raw landmarks.)"""
     neutral = driving[neutral_frame(driving)]
     scale, rotation = head_pose(source, neutral)
-    moved = scale * source @ rotation.T
-    difference = moved - moved[RIGID].mean(0) - (neutral - neutral[RIGID].mean(0))
+    right, up = neutral[263] - neutral[33], neutral[10] - neutral[152]          # between the eyes, from chin to brow
+    right = right / np.linalg.norm(right)
+    up = up - up @ right * right
+    up = up / np.linalg.norm(up)
+    axes = np.stack([right, up, np.cross(right, up)], 1)                        # (3, 3), of the head, in columns
+    ours, theirs = ((p - p[RIGID].mean(0)) @ axes for p in (neutral, scale * source @ rotation.T))
+    stretch = (ours[OVAL] * theirs[OVAL]).sum(0) / (ours[OVAL] ** 2).sum(0)     # of width, height, depth; depth is hardly seen
+    difference = ours * ((stretch - 1) / 2 * (1, 1, 0)) @ axes.T                # (478, 3)
     poses = (head_pose(neutral, frame) for frame in driving)
-    return np.stack([frame + scale * difference @ rotation.T for frame, (scale, rotation) in zip(driving, poses)]).astype(np.float32)
+    return np.stack([frame + size * difference @ turn.T for frame, (size, turn) in zip(driving, poses)]).astype(np.float32)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -585,7 +597,7 @@ def arguments():
     ap.add_argument("--model", type=Path, default=DEMO / "sdit.safetensors", help="model file made by train.py")
     ap.add_argument("--prompt", help="a sentence in place of the source, or, with one, mixed into it")
     ap.add_argument("--edit", metavar="A -> B[:W]", help='change the source, as in "blond hair -> red hair", with weight W')
-    ap.add_argument("--retarget", action="store_true", help="keep the source's own shape of face and take only the movements")
+    ap.add_argument("--retarget", action="store_true", help="take half of the source's proportions of face, width and height, into the movements")
     ap.add_argument("--face", type=int, nargs="+", default=[0], metavar="N", help="which face of the driving video and of the source, by size from 0")
     ap.add_argument("--steps", type=int, default=Settings.steps, help="denoising steps, 1 to 1000")
     ap.add_argument("--sampler", default=Settings.sampler, help="ddim, ddim:ETA, ddpm (with --steps 250: DiT's setting) or dpm++ (default: ddim:1)")
