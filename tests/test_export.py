@@ -103,7 +103,7 @@ def test_engines_sample_videos_of_any_length(small_model, engine, guidance):
     conditions = [torch.randn(30, 64) for _ in range(1 if guidance == 1 else 2)]
     settings = sample.Settings(steps=20, sampler="ddim", guidance=guidance)
     by_model, by_engine = (sample.sample_video(m, conditions, settings) for m in (small_model, engine))
-    limited = sample.sample_video(type(engine)(**dict(vars(engine), rows=2)), conditions, settings)         # a video longer than the engine's rows
+    limited = sample.sample_video(type(engine)(**dict(vars(engine), most_rows=2)), conditions, settings)         # a video longer than the engine's rows
     for frame in range(30):
         assert export.relative_error(by_engine(frame), by_model(frame)) <= 1e-3
         assert export.relative_error(limited(frame), by_model(frame)) <= 1e-3
