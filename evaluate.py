@@ -697,8 +697,8 @@ def scenes(a, models, frames=64):
     vectors = {"ArcFace": split("arcface", found[half:])[0]} if arcface else {}
     vectors["CLIP"] = test
     for kind in ("centre", "ArcFace", "focal"):
-        with torch.no_grad():
-            vectors[f"MLP, {kind} loss"] = train_head(torch.from_numpy(x), torch.from_numpy(y), kind, a.seed)(torch.from_numpy(test)).numpy()
+        head = train_head(torch.from_numpy(x), torch.from_numpy(y), kind, a.seed)
+        vectors[f"MLP, {kind} loss"] = head(torch.from_numpy(test)).detach().numpy()
     paper = dict(zip(["ArcFace", "CLIP", "MLP, centre loss", "MLP, ArcFace loss", "MLP, focal loss"],
                      ["1.516 / 113", "0.611 / 641", "0.819 / 411", "0.810 / 413", "0.673 / 493"]))
     rows = [[k, *(f"{s:.3f}" if i == 0 else f"{s:.0f}" for i, s in enumerate(clustering(v, labels))), paper[k]] for k, v in vectors.items()]
