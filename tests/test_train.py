@@ -182,6 +182,10 @@ def test_processes_and_parts_do_not_change_the_result(cache, tmp_path, monkeypat
                    check=True, capture_output=True)
     logs = {name: [json.loads(line) for line in open(tmp_path / name / "log.jsonl")] for name in ("one", "two", "parts")}
     weights = {name: sdit.load_model(tmp_path / name / "model.safetensors").state_dict() for name in logs}
+    for model in weights.values():
+        for name, bias in model.items():
+            if name.endswith("qkv.bias"):                                       # attention does not see a bias of its keys: its gradient is
+                bias.chunk(3)[1].zero_()                                        # rounding alone, which AdamW brings to full size
     for other in ("two", "parts"):
         assert len(logs[other]) == 20
         for here, there in zip(logs["one"], logs[other]):
