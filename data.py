@@ -372,14 +372,18 @@ def track(frames, landmarker, name, total=None, number=0):
         points.append(np.full((LANDMARKS, 3), np.nan, np.float32) if here is None else here)
     if last is None:
         raise no_face(name)
-    points = np.stack(points)
+    return in_square(np.stack(points), len(faces))
+
+
+def in_square(points, faces=1):
+    """The Track of landmarks (M, 478, 3) in pixels of the frames, NaN where they were not found."""
     found = ~np.isnan(points[:, 0, 0])
     square = face_square(points[found])
     landmarks = (points - np.float32((*square[:2], 0))) / np.float32(square[2])
     M, known = np.arange(len(found)), np.flatnonzero(found)
     for column in landmarks.reshape(len(found), -1).T:                          # a view: filled in place
         column[~found] = np.interp(M[~found], known, column[found])
-    return Track(landmarks, found, square, len(faces))
+    return Track(landmarks, found, square, faces)
 
 
 def expressive_mask(landmarks, size):
@@ -487,7 +491,7 @@ def clip_pixels(pixels, size):
 def encode_clip(pixels, tracked, fps, autoencoder, scene_encoder, watch=lambda part: contextlib.nullcontext()):
     """Cache record of a clip: pixels (M, size, size, 3) uint8 cut by `crop`, its Track, its rate. M frames, numpy arrays:
     latent (M, C, H, W) f16, landmarks (M, 478, 3) f16, weight (M, H, W) u8, found (M,) bool, scene (2, S) f16 of the first and
-    the last frame (the only ones that can be a source; see `choose_frames`), fps (2,) numerator and denominator."""
+    the last frame (the only ones that can be a source; see `choose_frames`), fps (2,) numerator and denominator (not used in training)."""
     device = next(autoencoder.parameters()).device
     with watch("autoencoder"):
         parts = (pixels[i:i + 32] for i in range(0, len(pixels), 32))
@@ -607,7 +611,7 @@ def cache_about(autoencoder_path, clip_path, autoencoder, scene_width, size):
 def choose_frames(rng, found, T):
     """A non-uniform sequence and its source (paper 3.1): T frames of a clip, and the source, which is the first or the last.
 
-    found (M,) bool, the frames whose landmarks are real: the others are drawn only if there are too few of these. The
+    found (M,) bool, the frames whose landmarks are real: only these are drawn; of fewer than T, all inner frames count alike. The
     distribution is not in the paper: uniform without replacement, in order of time. The source is the frame "furthest in
     time from the chosen sequence, effectively making it either the first or last frame of the entire video"; both ends are
     left out of the sequence, so that the source is never one of the frames to denoise."""
@@ -634,7 +638,7 @@ class Rows(torch.utils.data.Dataset):
     `caches` is a folder, or several as "FOLDER:SHARE", from which rows are drawn in these shares. A row is a dict: latents
     (T, C, H, W), landmarks (T, 478, 3), mask (T, H, W) in 0..1 (the record's weight), scene (S,), all float32. Clips with fewer
     than T + 2 frames give way to the next one (see `choose_frames`). With `held_out` the rows are of the held-out clips (of a
-    cache of fewer than 80 clips no clip is held out, and they are its last)."""
+    cache of fewer than 80 clips nothing is held out: they are its last training clips)."""
 
     def __init__(self, caches, frames, seed=0, held_out=False):
         self.frames, self.seed, self.held_out = frames, seed, held_out
@@ -663,8 +667,8 @@ class Rows(torch.utils.data.Dataset):
         return shard, clip, first, end
 
     def _clip(self, n):
-        """The clip of row n: a cache is gone through in a new random order each epoch; of several mixed, each gives its share of the rows, at
-        the places of its orders that n counts over all."""
+        """The clip of row n: number n of a cache gone through in a new random order each epoch. Of several caches one is drawn by share
+        first, with the same n: an epoch then visits only that share of its clips, another part each time."""
         cache = np.random.default_rng([self.seed, 2, n]).choice(len(self.shares), p=self.shares) if len(self.shares) > 1 else 0
         clips = self.ranges[cache]
         epoch, i = divmod(n, len(clips))
@@ -728,12 +732,11 @@ def read_index(folder, frames):
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-def pseudo_clip(picture, seed, M=16):
-    """Yield M frames of a still picture that moves: a stand-in for a clip (paper A: drawn faces "animated" by geometric
-    transforms; which ones it does not say). Turn, size, place and perspective swing smoothly, each as one slow wave of random
-    phase; the picture is mirrored at its border."""
+def pseudo_clip(picture, points, seed, M=16):
+    """Yield M frames of a still picture that moves, and its landmarks `points` (478, 3), in pixels, moved along: a stand-in for a clip (paper
+    A: drawn faces "animated" by geometric transforms; which ones it does not say). Turn, size, place and perspective swing smoothly, each as
+    one slow wave of random phase; the picture is mirrored at its border."""
     rng = np.random.default_rng(seed)
-    picture = resize_to(picture, 768)
     h, w = picture.shape[:2]
     corners = np.float32([[0, 0], [w, 0], [w, h], [0, h]])
     reach = np.array([0.25, 0.12, 0.06, 0.06, 0.08, 0.08])                      # radians; share of size; shares of the picture's side
@@ -744,7 +747,9 @@ def pseudo_clip(picture, seed, M=16):
         moved = (corners - (w / 2, h / 2)) @ spin + (w * (0.5 + dx), h * (0.5 + dy))
         moved += np.float32([[lean_x, lean_y], [-lean_x, -lean_y], [lean_x, lean_y], [-lean_x, -lean_y]]) * (w, h)
         warp = cv2.getPerspectiveTransform(corners, np.float32(moved))
-        yield cv2.warpPerspective(picture, warp, (w, h), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+        across = cv2.perspectiveTransform(points[None, :, :2], warp)[0]         # (478, 2)
+        frame = cv2.warpPerspective(picture, warp, (w, h), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+        yield frame, np.column_stack([across, points[:, 2] * (1 + grow)]).astype(np.float32)
 
 
 def resize_to(picture, longest):
@@ -756,13 +761,17 @@ def resize_to(picture, longest):
 def clip_crops(path, landmarker, size, watch):
     """(pixels (M, size, size, 3) uint8, Track, fps) of a face clip, from the first frame with the face to the last, or of a still picture
     as a pseudo-clip of 8 frames a second."""
-    if path.suffix.lower() in PICTURES:
-        frames, fps = list(pseudo_clip(read_picture(path), zlib.crc32(path.name.encode()))), Fraction(8)
-    else:
-        frames = Video(path)
-        fps = frames.fps
     with watch("decoding, landmarks"):
-        tracked = track(frames, landmarker, path)
+        if path.suffix.lower() in PICTURES:
+            picture = resize_to(read_picture(path), 768)
+            points = landmarker(picture)
+            if points is None:
+                raise no_face(path)
+            frames, points = zip(*pseudo_clip(picture, points, zlib.crc32(path.name.encode())))
+            tracked, fps = in_square(np.stack(points)), Fraction(8)
+        else:
+            frames = Video(path)
+            tracked, fps = track(frames, landmarker, path), frames.fps
     with watch("decoding, crops"):
         pixels = np.stack([crop(frame, tracked.square, size) for frame in frames])
     known = np.flatnonzero(tracked.found)                                       # the ends may be the source: they must show the face

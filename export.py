@@ -41,8 +41,8 @@ from sdit import UserError
 DEMO = Path(__file__).resolve().parent / "demo"
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The graphs. G guidance groups (1, or 2: conditional and unconditional; sample.py's branches) are an axis of their own, so that no group
-# reads the anchor of another. Rows are the only axis left open. Inside, frames are x (frames, N, D) with conditioning c (frames, D)
+# The graphs. The guidance branches (G of them: 1, or 2, conditional and unconditional) are an axis of their own, so that no branch reads the
+# anchor of another. Rows are the only axis left open. Inside, frames are x (frames, N, D) with conditioning c (frames, D)
 
 
 def norm(x):
@@ -64,14 +64,15 @@ def merge(x):
 
 
 class Graph(nn.Module):
-    """What the graphs share: the layers of an SDiT, without its mapping network, and the way through one block."""
+    """What the graphs share: the layers of an SDiT, without its mapping network, and the way through one block. Written anew from `sdit.Block`,
+    since half precision needs its norms and softmax spelled out in float32, and the anchor's slot is an input here."""
 
     outputs = ("output",)
     unpatchify = sdit.SDiT.unpatchify
 
-    def __init__(self, model, groups=2):
+    def __init__(self, model, branches=2):
         super().__init__()
-        self.config, self.groups = model.config, groups
+        self.config, self.branches = model.config, branches
         self.x_embedder, self.t_embedder, self.blocks, self.final_layer = model.x_embedder, model.t_embedder, model.blocks, model.final_layer
         for name, value in dict(position=model.position, time_position=model.time_position, slots=torch.arange(model.config.frames)).items():
             self.register_buffer(name, value.to(model.position.device), persistent=False)
@@ -82,7 +83,7 @@ class Graph(nn.Module):
         x = latents.unflatten(4, (side, p)).unflatten(3, (side, p)).permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 6).flatten(2, 3)
         x = F.linear(x, patches.weight.flatten(1), patches.bias)               # as a convolution ONNX would not have it in bfloat16
         x = x + self.position + self.time_position.index_select(0, slots)[:, None]              # (B, T, N, D)
-        return x[:, None].expand(-1, self.groups, -1, -1, -1)
+        return x[:, None].expand(-1, self.branches, -1, -1, -1)
 
     def condition(self, timesteps, conditioning):
         """(B,) and (B, G, T, D) -> what the blocks see, (B, G, T, D)."""
@@ -98,9 +99,9 @@ class Graph(nn.Module):
         return [z.unflatten(-1, (self.config.heads, -1)).transpose(1, 2) for z in qkv.chunk(3, -1)]
 
     def read(self, qkv, kv):
-        """Attention of rows that lack their anchor, qkv (BG(T - 1), N, 3D), to themselves and to the anchor of their group, whose keys and
+        """Attention of rows that lack their anchor, qkv (BG(T - 1), N, 3D), to themselves and to the anchor of their branch, whose keys and
         values are kv (2, G, heads, N, d). -> (BG(T - 1), N, D)"""
-        G, N = self.groups, self.config.tokens
+        G, N = self.branches, self.config.tokens
         q, *own = self.heads(qkv.reshape(-1, (self.config.frames - 1) * N, qkv.shape[-1]))               # (BG, heads, (T - 1)N, d)
         own = [z.unflatten(0, (-1, G)) for z in own]                                                    # (B, G, heads, (T - 1)N, d)
         k, v = (torch.cat([shared.expand(z.shape[0], -1, -1, -1, -1), z], 3).flatten(0, 1) for shared, z in zip(kv.unbind(0), own))
@@ -117,10 +118,10 @@ class Graph(nn.Module):
         return self.final_layer.linear(norm(x) * (1 + scale) + shift)
 
     def guide(self, output, guidance):
-        """Tokens (B, G, T, N, p * p * 2C) -> (B, T, 2C, H, W); with two groups guided, the learned sigma being the conditional one's."""
-        output = self.unpatchify(output.flatten(0, 1)).unflatten(0, (-1, self.groups))                  # (B, G, T, 2C, H, W)
+        """Tokens (B, G, T, N, p * p * 2C) -> (B, T, 2C, H, W); with two branches guided, the learned sigma being the conditional one's."""
+        output = self.unpatchify(output.flatten(0, 1)).unflatten(0, (-1, self.branches))                  # (B, G, T, 2C, H, W)
         noise, v = output.split(self.config.latent_channels, 3)
-        if self.groups == 2:
+        if self.branches == 2:
             noise = noise[:, 1:] + guidance * (noise[:, :1] - noise[:, 1:])
         return torch.cat([noise[:, 0], v[:, 0]], 2)
 
@@ -134,7 +135,7 @@ class Override(Graph):
 
     def forward(self, latents, timesteps, conditioning, anchor, guidance):
         """latents (B, T, C, H, W), timesteps (B,), conditioning (B, G, T, D), anchor and guidance scalars -> (B, T, 2C, H, W)."""
-        T, G, N, D = self.config.frames, self.groups, self.config.tokens, self.config.width
+        T, G, N, D = self.config.frames, self.branches, self.config.tokens, self.config.width
 
         def attention(qkv):                                                     # (BGT, N, 3D)
             return merge(attend(*self.heads(qkv.reshape(-1, T * N, 3 * D)))).reshape(-1, N, D)
@@ -155,13 +156,14 @@ class Unanchored(Override):
 
 class Packed(Graph):
     """The same function as `Override` with one copy of the anchor: what rows 1.. compute for theirs is thrown away by the override, so they
-    need only read its keys and values. Frames are packed: the anchor of every group, then all others."""
+    need only read its keys and values. Frames are packed: the G anchors, then the
+    other T - 1 frames of row 0, branch by branch, then those of row 1 ..."""
 
     outputs = ("output", "anchor_kv")
 
     def forward(self, latents, timesteps, conditioning, anchor, guidance):
         """As `Override.forward`; also returns the anchor's keys and values, (depth, 2, G, heads, N, d)."""
-        T, G, slots, kept = self.config.frames, self.groups, self.others(anchor), []
+        T, G, slots, kept = self.config.frames, self.branches, self.others(anchor), []
 
         def pack(x):                                                            # (B, G, T, ...) -> (G + BG(T - 1), ...)
             return torch.cat([x[0].index_select(1, anchor.view(1))[:, 0], x.index_select(2, slots).flatten(0, 2)])
@@ -169,7 +171,7 @@ class Packed(Graph):
         def attention(qkv):
             q, k, v = self.heads(qkv[:G])                                       # (G, heads, N, d)
             kept.append(torch.stack([k, v]))
-            row_0 = self.heads(qkv[G:G * T].reshape(G, -1, qkv.shape[-1]))      # its other frames, which the anchor reads too
+            row_0 = self.heads(qkv[G:G * T].reshape(G, -1, qkv.shape[-1]))      # its G (T - 1) other frames, which the anchor reads too
             anchors = merge(attend(q, *(torch.cat(pair, 2) for pair in zip((k, v), row_0[1:]))))
             return torch.cat([anchors, self.read(qkv[G:], kept[-1])])
 
@@ -179,6 +181,7 @@ class Packed(Graph):
         x = self.final(x, c)
         others = x[G:].unflatten(0, (-1, G, T - 1))
         first = x[None, :G, None].expand(others.shape[0], -1, -1, -1, -1)
+        # the anchor comes first now; back to the order of slots: the anchor is at 0, slots before it one later, those after it where they were
         place = torch.where(self.slots == anchor, 0, torch.where(self.slots < anchor, self.slots + 1, self.slots))
         return self.guide(torch.cat([first, others], 2).index_select(2, place), guidance), torch.stack(kept)
 
@@ -192,35 +195,35 @@ class Rest(Graph):
         c = self.condition(timesteps, conditioning).flatten(0, 2)
         for block, kv in zip(self.blocks, anchor_kv.unbind(0)):
             x = self.block(block, x, c, lambda qkv: self.read(qkv, kv))
-        return self.guide(self.final(x, c).unflatten(0, (-1, self.groups, self.config.frames - 1)), guidance)
+        return self.guide(self.final(x, c).unflatten(0, (-1, self.branches, self.config.frames - 1)), guidance)
 
 
 FORMS = dict(unanchored=Unanchored, override=Override, packed=Packed, rest=Rest)
 PRECISIONS = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
 
-def build_graph(model, form, precision="fp32", groups=2):
+def build_graph(model, form, precision="fp32", branches=2):
     """A graph in `precision`, of a model in float32, which stays as it is."""
-    graph = FORMS[form](model, groups).eval().requires_grad_(False)
+    graph = FORMS[form](model, branches).eval().requires_grad_(False)
     return graph if precision == "fp32" else copy.deepcopy(graph).to(PRECISIONS[precision])
 
 
-def example(config, form, rows, groups=2, anchor=0, t=500, seed=0, device="cpu"):
+def example(config, form, rows, branches=2, anchor=0, t=500, seed=0, device="cpu"):
     """Inputs of a graph by name, random, float32."""
     g, T = torch.Generator().manual_seed(seed), config.frames - (form == "rest")
     inputs = dict(latents=torch.randn(rows, T, config.latent_channels, config.latent_size, config.latent_size, generator=g),
-                  timesteps=torch.full((rows,), t), conditioning=torch.randn(rows, groups, T, config.width, generator=g),
+                  timesteps=torch.full((rows,), t), conditioning=torch.randn(rows, branches, T, config.width, generator=g),
                   anchor=torch.tensor(anchor), guidance=torch.tensor(2.0))
     if form == "rest":
-        inputs["anchor_kv"] = torch.randn(config.depth, 2, groups, config.heads, config.tokens, config.width // config.heads, generator=g)
+        inputs["anchor_kv"] = torch.randn(config.depth, 2, branches, config.heads, config.tokens, config.width // config.heads, generator=g)
     return {k: v.to(device) for k, v in inputs.items()}
 
 
-def output_shapes(config, form, rows, groups):
+def output_shapes(config, form, rows, branches):
     """Shapes of what a graph returns, by name."""
     size = config.latent_size
     shapes = dict(output=(rows, config.frames - (form == "rest"), 2 * config.latent_channels, size, size),
-                  anchor_kv=(config.depth, 2, groups, config.heads, config.tokens, config.width // config.heads))
+                  anchor_kv=(config.depth, 2, branches, config.heads, config.tokens, config.width // config.heads))
     return {name: shapes[name] for name in FORMS[form].outputs}
 
 
@@ -235,7 +238,7 @@ def torch_program(graph, form):
     """torch.export's program of a graph, for any number of rows. (The ONNX exporter by itself fixes the rows, without a word, where it
     cannot keep them open; this raises.)"""
     rows, dtype = torch.export.Dim("rows", min=1, max=1024), graph.position.dtype
-    inputs = example(graph.config, form, 3, graph.groups, device=graph.position.device)
+    inputs = example(graph.config, form, 3, graph.branches, device=graph.position.device)
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     return torch.export.export(graph, (), inputs, dynamic_shapes={k: {0: rows} if k in OPEN else None for k in inputs})
 
@@ -257,7 +260,7 @@ def write_onnx(graph, form, folder):
 
 def write_torchscript(graph, form, folder):
     """FORM.ts, traced and frozen. (PyTorch deprecates TorchScript in favour of torch.export; it still works.) Returns the path."""
-    inputs = example(graph.config, form, 3, graph.groups, device=graph.position.device).values()
+    inputs = example(graph.config, form, 3, graph.branches, device=graph.position.device).values()
     inputs = tuple(v.to(graph.position.dtype) if v.is_floating_point() else v for v in inputs)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -333,14 +336,14 @@ def load_onnx(path, device):
     return session
 
 
-def run_onnx(session, config, form, groups, dtype, inputs):
+def run_onnx(session, config, form, branches, dtype, inputs):
     """Run on torch's own buffers. (bfloat16 needs a GPU.)"""
     import onnx
     types = {torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16, torch.bfloat16: onnx.TensorProto.BFLOAT16,
              torch.int64: onnx.TensorProto.INT64}
     device, binding = inputs["latents"].device, session.io_binding()
     inputs = {v.name: inputs[v.name].to(dtype if inputs[v.name].is_floating_point() else torch.int64).contiguous() for v in session.get_inputs()}
-    outputs = {k: torch.empty(s, dtype=dtype, device=device) for k, s in output_shapes(config, form, len(inputs["latents"]), groups).items()}
+    outputs = {k: torch.empty(s, dtype=dtype, device=device) for k, s in output_shapes(config, form, len(inputs["latents"]), branches).items()}
     for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
         for name, v in tensors.items():
             bind(name, device.type, device.index or 0, types[v.dtype], tuple(v.shape), v.data_ptr())
@@ -359,12 +362,12 @@ def load_plan(trt, path, device):
         return engine.create_execution_context(), torch.cuda.Stream(device)
 
 
-def run_plan(context, stream, config, form, groups, dtype, inputs):
+def run_plan(context, stream, config, form, branches, dtype, inputs):
     """Run on torch's own buffers, on a stream that is not the default one, where TensorRT would wait for everything."""
     names = {context.engine.get_tensor_name(i) for i in range(context.engine.num_io_tensors)}
     inputs = {k: v.to(dtype if v.is_floating_point() else torch.int64).contiguous() for k, v in inputs.items() if k in names}
     device, rows = inputs["latents"].device, len(inputs["latents"])
-    outputs = {k: torch.empty(s, dtype=dtype, device=device) for k, s in output_shapes(config, form, rows, groups).items()}
+    outputs = {k: torch.empty(s, dtype=dtype, device=device) for k, s in output_shapes(config, form, rows, branches).items()}
     for name, v in inputs.items():
         if not context.set_input_shape(name, tuple(v.shape)):
             raise UserError(f"this engine was not built for {rows} rows; export it with --rows {rows} {rows}")
@@ -379,15 +382,15 @@ def run_plan(context, stream, config, form, groups, dtype, inputs):
     return tuple(outputs.values())
 
 
-def load_runner(kind, path, config, form, groups, dtype, device):
+def load_runner(kind, path, config, form, branches, dtype, device):
     """inputs by name -> tuple of outputs, of a graph file of any kind."""
     if kind == "torchscript":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return functools.partial(run_module, torch.jit.load(path, map_location=device), dtype)
     if kind == "onnx":
-        return functools.partial(run_onnx, load_onnx(path, device), config, form, groups, dtype)
-    return functools.partial(run_plan, *load_plan(import_tensorrt(device), path, device), config, form, groups, dtype)
+        return functools.partial(run_onnx, load_onnx(path, device), config, form, branches, dtype)
+    return functools.partial(run_plan, *load_plan(import_tensorrt(device), path, device), config, form, branches, dtype)
 
 
 @dataclasses.dataclass
@@ -395,13 +398,14 @@ class Engine:
     """An export, loaded: what `sample.py` samples with in place of the SDiT."""
     name: str
     config: sdit.SDiTConfig
-    groups: int
+    branches: int
     most_rows: int                                 # at once
     first_runner: callable
     rest_runner: callable
 
     def _run(self, runner, x, t, conditions, anchor, guidance, **rest):
-        c = torch.stack((list(conditions) * self.groups)[:self.groups], 1)      # (B, G, T, D); without guidance one branch fills both groups
+        filled = [*conditions, *conditions[:1]][:self.branches]                 # an engine for guidance, asked for none: both branches are the same
+        c = torch.stack(filled, 1)                                              # (B, G, T, D)
         scalars = dict(anchor=torch.tensor(anchor, device=x.device), guidance=torch.tensor(guidance, device=x.device))
         return runner(dict(latents=x, timesteps=torch.full((len(x),), t, device=x.device), conditioning=c, **scalars, **rest))
 
@@ -422,7 +426,7 @@ def load_engine(folder, model_sha256=None, device="cpu"):
         about = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError):
         about = {}
-    if not {"name", "kind", "precision", "groups", "rows", "model_sha256", "files", "sha256", "config"} <= set(about):
+    if not {"name", "kind", "precision", "branches", "rows", "model_sha256", "files", "sha256", "config"} <= set(about):
         raise UserError(f"{folder} is not an export: it has no manifest.json of one; make it with export.py")
     if model_sha256 and about["model_sha256"] != model_sha256:
         raise UserError(f"{folder} was made of another model ({about['name']}, sha256 {about['model_sha256'][:12]}...); export this one")
@@ -434,9 +438,9 @@ def load_engine(folder, model_sha256=None, device="cpu"):
         for name, digest in about["sha256"].items():
             if name.startswith(f"{form}.") and (not (folder / name).is_file() or sdit.sha256(folder / name) != digest):
                 raise UserError(f"{folder / name} is missing or not what was written; export again")
-        runners.append(load_runner(about["kind"], path, config, form, about["groups"], PRECISIONS[about["precision"]], device))
+        runners.append(load_runner(about["kind"], path, config, form, about["branches"], PRECISIONS[about["precision"]], device))
     most = about["rows"][-1] if about["kind"] == "trt" else sys.maxsize
-    return Engine(folder.resolve().name, config, about["groups"], most, *runners)
+    return Engine(folder.resolve().name, config, about["branches"], most, *runners)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -447,18 +451,18 @@ TOLERANCE = dict(fp32=1e-5, fp16=5e-3, bf16=3e-2)  # relative L2 error against t
 
 @torch.no_grad()
 def reference(model, form, inputs):
-    """What a graph must return, by the SDiT itself, one guidance group at a time."""
+    """What a graph must return, by the SDiT itself, one guidance branch at a time."""
     x, t, c, anchor, guidance = (inputs[k] for k in ("latents", "timesteps", "conditioning", "anchor", "guidance"))
-    slot, groups = None if form == "unanchored" else anchor.item(), range(c.shape[1])
+    slot, branches = None if form == "unanchored" else anchor.item(), range(c.shape[1])
     if form == "rest":
-        outputs = [model.forward_rest(x, t, c[:, g], slot, inputs["anchor_kv"][:, :, g:g + 1]) for g in groups]
+        outputs = [model.forward_rest(x, t, c[:, g], slot, inputs["anchor_kv"][:, :, g:g + 1]) for g in branches]
     else:
-        outputs = [model(x, t, c[:, g], slot) for g in groups]
+        outputs = [model(x, t, c[:, g], slot) for g in branches]
     noise, v = zip(*(output.chunk(2, 2) for output in outputs))
     guided = noise[-1] + guidance * (noise[0] - noise[-1]) if len(outputs) == 2 else noise[0]
     expected = (torch.cat([guided, v[0]], 2),)
     if form == "packed":
-        kept = [model.forward_first(x[:1], t[:1], c[:1, g], slot)[1] for g in groups]
+        kept = [model.forward_first(x[:1], t[:1], c[:1, g], slot)[1] for g in branches]
         expected += (torch.cat(kept, 2),)
     return expected
 
@@ -469,13 +473,13 @@ def relative_error(a, b):
     return ((a - b).norm() / b.norm()).item() if a.isfinite().all() else float("inf")
 
 
-def verify(model, form, groups, run, most_rows=5):
+def verify(model, form, branches, run, most_rows=5):
     """Largest error of a runner over rows, slots and timesteps, and what leaving out the anchor would have cost in the same cases: an error
     far below it shows that the anchor is in the graph."""
     T, device = model.config.frames, next(model.parameters()).device
     errors, control = [], []
     for seed, (rows, slot, t) in enumerate([(1, 0, 0), (2, T // 2, 500), (5, T - 1, 999)]):
-        inputs = example(model.config, form, min(rows, most_rows), groups, slot, t, seed, device)
+        inputs = example(model.config, form, min(rows, most_rows), branches, slot, t, seed, device)
         expected = reference(model, form, inputs)
         errors += [relative_error(a, b) for a, b in zip(run(inputs), expected, strict=True)]
         if rows > 1 and form in ("override", "packed"):
@@ -506,15 +510,15 @@ def upcast(path, folder):
     return path
 
 
-def check(model, kind, path, form, precision, groups, device, rows):
+def check(model, kind, path, form, precision, branches, device, rows):
     """Compare one written graph with the model, print the errors, and raise UserError above tolerance."""
     dtype, note = PRECISIONS[precision], ""
     with tempfile.TemporaryDirectory() as scratch:
         if kind == "onnx" and precision == "bf16" and device.type == "cpu":
             path, dtype = upcast(path, Path(scratch)), torch.float32
             note = " (weights in bf16, computed in float32: no bf16 in ONNX Runtime on a CPU)"
-        run = load_runner(kind, path, model.config, form, groups, dtype, device)
-        error, control = verify(model, form, groups, run, rows[-1])
+        run = load_runner(kind, path, model.config, form, branches, dtype, device)
+        error, control = verify(model, form, branches, run, rows[-1])
     against = "" if control is None else f"; without the anchor it would be {control:.2g}"
     print(f"{form:9} {kind} {precision}: largest relative error {error:.2g}, tolerance {TOLERANCE[precision]:.0e}{against}{note}")
     if not error <= TOLERANCE[precision]:
@@ -548,7 +552,7 @@ def versions(*names):
 
 def write_graph(model, kind, form, a, folder, device):
     """One graph file of an export in `folder`. Returns its path."""
-    graph = build_graph(model, form, a.precision, a.groups)
+    graph = build_graph(model, form, a.precision, a.branches)
     if kind == "torchscript":
         return write_torchscript(graph, form, folder)
     trt = import_tensorrt(device) if kind == "trt" else None
@@ -566,7 +570,7 @@ def write_graph(model, kind, form, a, folder, device):
 
 def export(model, digest, kind, a, device):
     """Write, check and name one artefact. Returns its folder."""
-    extra = ("" if a.form == "packed" else f"-{a.form}") + ("" if a.groups == 2 else "-unguided")
+    extra = ("" if a.form == "packed" else f"-{a.form}") + ("" if a.branches == 2 else "-unguided")
     final = a.out / f"{model.config.name.replace('/', '-')}-{model.config.frames}-{kind}-{a.precision}{extra}"
     if final.exists() and not (final / "manifest.json").exists():
         raise UserError(f"{final} is there and is not an export; choose another --out")
@@ -576,9 +580,9 @@ def export(model, digest, kind, a, device):
         files, start = {}, time.perf_counter()
         for form in tqdm(["packed", "rest"] if a.form == "packed" else [a.form], desc=kind, unit="graph", leave=False, disable=None):
             files[form] = write_graph(model, kind, form, a, fresh, device)
-            check(model, kind, files[form], form, a.precision, a.groups, device, a.rows)
+            check(model, kind, files[form], form, a.precision, a.branches, device, a.rows)
         written = sorted(p for p in fresh.iterdir())
-        about = dict(name=model.config.name, kind=kind, precision=a.precision, groups=a.groups, rows=a.rows, opset=OPSET, model_sha256=digest,
+        about = dict(name=model.config.name, kind=kind, precision=a.precision, branches=a.branches, rows=a.rows, opset=OPSET, model_sha256=digest,
                      files={k: p.name for k, p in files.items()}, sha256={p.name: sdit.sha256(p) for p in written},
                      bytes={p.name: p.stat().st_size for p in written}, config=dataclasses.asdict(model.config),
                      versions=versions("torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "tensorrt"))
@@ -621,14 +625,14 @@ def bench_runners(model, a, device, folder):
     """{(backend, form): runner or the reason why there is none}."""
     runners, dtype = {}, PRECISIONS[a.precision]
     for form in ("unanchored", "override", "packed"):
-        graph = build_graph(model, form, a.precision, a.groups).to(device)
+        graph = build_graph(model, form, a.precision, a.branches).to(device)
         runners["eager", form] = functools.partial(run_module, graph, dtype)
         runners["compiled", form] = functools.partial(run_module, torch.compile(graph), dtype)
         for kind in ("torchscript", "onnx", "trt"):
             try:
                 (folder / kind).mkdir(exist_ok=True)
                 path = write_graph(model, kind, form, a, folder / kind, device)
-                runners[kind, form] = load_runner(kind, path, model.config, form, a.groups, dtype, device)
+                runners[kind, form] = load_runner(kind, path, model.config, form, a.branches, dtype, device)
             except (UserError, RuntimeError) as e:
                 runners[kind, form] = str(e).partition("\n")[0]
     return runners
@@ -637,7 +641,7 @@ def bench_runners(model, a, device, folder):
 def bench(model, a, device, repeat=7):
     """Time one evaluation of the typical number of rows by every backend and form, each in turn, after two warm calls: medians, ratios to
     eager override."""
-    a.out, inputs = Path(tempfile.mkdtemp()), example(model.config, "packed", a.rows[0], a.groups, model.config.frames // 2, device=device)
+    a.out, inputs = Path(tempfile.mkdtemp()), example(model.config, "packed", a.rows[0], a.branches, model.config.frames // 2, device=device)
     seconds, memory, missing = {}, {}, {}
     try:
         runners = bench_runners(model, a, device, a.out)
@@ -672,7 +676,7 @@ def report(model, a, device, seconds, memory, missing, repeat):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()} CPU"
     hardware = f"{name}, {torch.get_num_threads()} threads"
     found, base = versions("torch", "onnxruntime-gpu", "onnxruntime", "tensorrt"), seconds.get(("eager", "override"), math.nan)
-    print(f"{model.config.name}, T = {model.config.frames}, {a.rows[0]} rows, {a.groups} guidance group(s), {a.precision}; {hardware}; {found}; "
+    print(f"{model.config.name}, T = {model.config.frames}, {a.rows[0]} rows, {a.branches} guidance branch(es), {a.precision}; {hardware}; {found}; "
           f"median of {repeat}\n\n| | unanchored | override | packed | peak memory, packed |\n|---|---|---|---|---|")
     for backend in dict.fromkeys(b for b, _ in seconds):
         cells = [f"{seconds[backend, f] * 1e3:,.1f} ms ({seconds[backend, f] / base:.2f})" if (backend, f) in seconds else "-"
@@ -681,7 +685,7 @@ def report(model, a, device, seconds, memory, missing, repeat):
         print(f"| {backend} | {' | '.join(cells)} | {'-' if held is None else f'{held:,.0f} MiB'} |")
     for reason in dict.fromkeys(f"{backend}: {reason}" for (backend, _), reason in missing.items()):
         print(f"not there: {reason}")
-    print(json.dumps(dict(model=model.config.name, frames=model.config.frames, rows=a.rows[0], groups=a.groups, precision=a.precision,
+    print(json.dumps(dict(model=model.config.name, frames=model.config.frames, rows=a.rows[0], branches=a.branches, precision=a.precision,
                           hardware=hardware, versions=found, repeat=repeat, ms={f"{b} {f}": v * 1e3 for (b, f), v in seconds.items()},
                           peak_mib={f"{b} {f}": v for (b, f), v in memory.items()})))
 
@@ -697,7 +701,7 @@ def arguments():
     ap.add_argument("--out", type=Path, default=Path("export"), help="folder that the export's own folder goes into")
     ap.add_argument("--form", choices=["packed", "override"], default="packed", help="packed: fast, any length; override: the paper's rule as written")
     ap.add_argument("--precision", choices=list(PRECISIONS), help="default: bf16 for TensorRT, else fp32")
-    ap.add_argument("--groups", type=int, choices=[1, 2], default=2, help="2: with classifier-free guidance inside; 1: without, half the work")
+    ap.add_argument("--branches", type=int, choices=[1, 2], default=2, help="2: with classifier-free guidance inside; 1: without, half the work")
     ap.add_argument("--rows", type=int, nargs=2, default=[4, 8], metavar=("TYPICAL", "MOST"),
                     help="rows at once of a TensorRT engine; --bench takes the typical number")
     ap.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")

@@ -1,6 +1,6 @@
 """Reenactment: a picture of a face and a driving video in, a video of that face with those movements out (paper 3.2, Alg. 1).
 
-    python sample.py                                                   # the bundled picture, clip and models, under a minute
+    python sample.py                                                   # the bundled picture, clip and models: a quarter of a minute
     python sample.py --source x.jpg --driving y.mp4 --compare
     python sample.py --prompt "a man with red hair" --driving y.mp4    # a sentence in place of the picture
     torchrun --nproc_per_node=4 sample.py --source x.jpg --driving y.mp4 --model runs/XL-2-8/model.safetensors --out z.mp4
@@ -46,8 +46,8 @@ def plan_rows(M, T, anchor=None):
     rows holds frame numbers. Slot T // 2 is the anchor in every row; frames before it in time lie in the slots before,
     frames after it in those after, in order of time, dealt strided: rows look like training sequences, sorted and wide. The
     anchor is the frame that needs the fewest rows, among those the most central, then the earlier; or the frame given. (The
-    paper says "the central frame" and leaves dealing open; where T is even the exact centre can cost more rows.) `anchor` is a frame's
-    number here; everywhere else it is the slot, T // 2.
+    paper says "the central frame" and leaves dealing open; where T is even the exact centre can cost more rows.) `anchor` is the number
+    of a frame here, in the samplers below that of the slot.
     keep marks each frame's one place in the result; elsewhere stand the anchor of rows 1.. and repetitions that fill slots."""
     slot = T // 2                                                               # of the anchor in every row
 
@@ -64,9 +64,9 @@ def plan_rows(M, T, anchor=None):
     keep[0, slot] = True
     for side, first, end in ((range(f), 0, slot), (range(f + 1, M), slot + 1, T)):
         for b in range(B if side else 0):
-            own = side[b::B]
-            rows[b, first:end] = [*own, *[(own or side)[-1]] * (end - first - len(own))]
-            keep[b, first:first + len(own)] = True
+            dealt = side[b::B]
+            rows[b, first:end] = [*dealt, *[(dealt or side)[-1]] * (end - first - len(dealt))]
+            keep[b, first:first + len(dealt)] = True
     return rows, keep
 
 
@@ -171,7 +171,7 @@ SAMPLERS = {"ddpm": (ddpm, True), "dpm++": (dpm_plus, False)}
 def denoise(settings, x, frames, evaluate, progress, anchor=None):
     """From noise x (..., C, H, W), one latent for each of `frames`, to clean latents. evaluate(i, x, t) is the model's output at step i
     and timestep t. With `anchor`, a slot, x is overridden at the start and after every step (Alg. 1, step 3): for `sample_plain`; with the
-    bank there is nothing to override."""
+    bank there is nothing to override. (As noise belongs to the frame, rows agree on their anchor's latents by themselves, to rounding.)"""
     alpha_bar, state, (update, stochastic) = NoiseSchedule().alpha_bar, None, settings.sampler_step()
     x = sdit.override(x, anchor)
     for i, (t, after) in enumerate(settings.timesteps()):
@@ -183,7 +183,8 @@ def denoise(settings, x, frames, evaluate, progress, anchor=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Anchored diffusion. conditions: the conditioning (B, T, D) of every branch: one, or with guidance also the unconditional one
+# Anchored diffusion. conditions: the conditioning of every branch (one, or with guidance also the unconditional one), (B, T, D) each for
+# rows, (M, D) for a whole video
 
 def guided(outputs, guidance):
     """Classifier-free guidance over the noise, all channels of it; the learned sigma is the conditional one's. `outputs` of the branches,
@@ -194,8 +195,8 @@ def guided(outputs, guidance):
     return torch.cat([base + guidance * (noise - base), v], -3)
 
 
-def call(function, x, t, c, *rest):
-    """The model's output like x in precision; x may be finer than the model."""
+def run_model(function, x, t, c, *rest):
+    """`function`, of the model, in the model's precision, on latents x that may be finer; its output is like x."""
     output = function(x.to(c.dtype), torch.full((len(x),), t, device=x.device), c, *rest)
     return (output[0].to(x.dtype), output[1]) if isinstance(output, tuple) else output.to(x.dtype)
 
@@ -207,7 +208,7 @@ def sample_plain(model, x, frames, conditions, settings, anchor, progress=lambda
     video; kept as the definition, and as what the tests compare with (the "oracle").
     With anchor None nothing is shared: rows are independent."""
     def evaluate(i, x, t):
-        return guided([call(model, x, t, c, anchor) for c in conditions], settings.guidance)
+        return guided([run_model(model, x, t, c, anchor) for c in conditions], settings.guidance)
     return denoise(settings, x, frames, evaluate, progress, anchor)
 
 
@@ -222,7 +223,7 @@ def sample_first(model, x, frames, conditions, settings, anchor, progress=lambda
         if not isinstance(model, sdit.SDiT):
             output, anchor_kv = model.first(x, t, conditions, anchor, settings.guidance)
         else:
-            outputs, anchor_kv = zip(*(call(model.forward_first, x, t, c, anchor) for c in conditions))
+            outputs, anchor_kv = zip(*(run_model(model.forward_first, x, t, c, anchor) for c in conditions))
             output = guided(outputs, settings.guidance)
         bank.append(anchor_kv)
         return output
@@ -232,16 +233,16 @@ def sample_first(model, x, frames, conditions, settings, anchor, progress=lambda
 @torch.no_grad()
 def sample_rest(model, x, frames, conditions, settings, anchor, bank, progress=lambda: None):
     """Any rows but row 0, without their anchor slots, x (B, T - 1, C, H, W); in any batch and order, with the same result as
-    `sample_plain`. Each branch reads the anchor of its own."""
+    `sample_plain`. The latents are one for both branches; each reads the keys and values that it computed itself for the anchor."""
     def evaluate(i, x, t):
         if not isinstance(model, sdit.SDiT):
             return model.rest(x, t, conditions, anchor, settings.guidance, bank[i])
-        return guided([call(model.forward_rest, x, t, c, anchor, kv) for c, kv in zip(conditions, bank[i])], settings.guidance)
+        return guided([run_model(model.forward_rest, x, t, c, anchor, kv) for c, kv in zip(conditions, bank[i])], settings.guidance)
     return denoise(settings, x, frames, evaluate, progress)
 
 
 @torch.no_grad()
-def sample_windows(model, x, conditions, settings, chunk, progress=lambda: None):
+def sample_multidiffusion(model, x, conditions, settings, chunk, progress=lambda: None):
     """MultiDiffusion (Bar-Tal et al. 2023), to compare with: x (M, C, H, W), the whole video; what the windows that hold a frame predict for
     it is averaged, every step. conditions (M, D)."""
     windows = torch.from_numpy(plan_windows(len(x), model.config.frames)).to(x.device)                  # (windows, T)
@@ -250,7 +251,7 @@ def sample_windows(model, x, conditions, settings, chunk, progress=lambda: None)
     def evaluate(i, x, t):
         total = x.new_zeros(len(x), 2 * x.shape[1], *x.shape[2:])
         for part in windows.split(chunk):
-            output = guided([call(model, x[part], t, c[part]) for c in conditions], settings.guidance)
+            output = guided([run_model(model, x[part], t, c[part]) for c in conditions], settings.guidance)
             total.index_add_(0, part.flatten(), output.flatten(0, 1))
         return total / counts
     return denoise(settings, x, range(len(x)), evaluate, progress)
@@ -261,7 +262,8 @@ def sample_video(model, conditions, settings, wanted=None, finished=None, share=
     `wanted` (default: all), which costs the rows that hold them.
 
     `finished`, a mapping from row to the latents (n, C, H, W) of the frames that it keeps, receives rows as they get done; those in it
-    already are not made again. `share` (rank, processes): make only this share of the rows. `plan` (rows, keep): in place of `plan_rows`'."""
+    already are not made again, but row 0, for its bank, while others are missing. `share` (rank, processes): make only this share of the
+    rows. `plan` (rows, keep): in place of `plan_rows`'."""
     M, T, method = len(conditions[0]), model.config.frames, settings.method
     # MultiDiffusion cannot be cut: one row of all frames
     rows, keep = plan or (plan_rows(M, T) if method != "multidiffusion" else (np.arange(M)[None], np.ones((1, M), bool)))
@@ -281,11 +283,11 @@ def sample_video(model, conditions, settings, wanted=None, finished=None, share=
 
 def sample_some(model, rows, numbers, conditions, settings, bar):
     """Sample the rows `numbers` of a video, a few at a time: yields (their numbers, slots, latents (B, slots, C, H, W))."""
-    c, device = model.config, conditions[0].device
-    shape, anchor = (c.latent_channels, c.latent_size, c.latent_size), c.frames // 2
-    size = min(getattr(model, "most_rows", math.inf), max(1, CHUNK_TOKENS.get(device.type, 2048) // (c.tokens * c.frames)))
+    config, device = model.config, conditions[0].device
+    shape, anchor = (config.latent_channels, config.latent_size, config.latent_size), config.frames // 2
+    size = min(getattr(model, "most_rows", math.inf), max(1, CHUNK_TOKENS.get(device.type, 2048) // (config.tokens * config.frames)))
     every = np.arange(rows.shape[1])                                            # slots
-    own = np.delete(every, anchor)
+    others = np.delete(every, anchor)
 
     def inputs(chunk, slots):
         """(noise, frames, conditions); latents are at least in float32 on the way, whatever the model's precision."""
@@ -299,16 +301,17 @@ def sample_some(model, rows, numbers, conditions, settings, bar):
             yield chunk, lambda: bar.update(len(chunk))
 
     if settings.method == "multidiffusion":                                     # in one process only
-        yield [0], every, sample_windows(model, inputs([0], every)[0][0], conditions, settings, size, bar.update)[None]
+        yield [0], every, sample_multidiffusion(model, inputs([0], every)[0][0], conditions, settings, size, bar.update)[None]
     elif settings.method == "independent":
         for chunk, progress in chunks(numbers):
             yield chunk, every, sample_plain(model, *inputs(chunk, every), settings, None, progress)
     else:
-        bar.total += settings.steps * (0 not in numbers)                        # row 0 comes first, whoever wants it: the bank is not kept on disk
+        # the bank is not kept on disk: every process, and a continued run, samples row 0 for itself
+        bar.total += settings.steps * (0 not in numbers)
         x, bank = sample_first(model, *inputs([0], every), settings, anchor, bar.update)
         yield [0], every, x
         for chunk, progress in chunks([b for b in numbers if b]):
-            yield chunk, own, sample_rest(model, *inputs(chunk, own), settings, anchor, bank, progress)
+            yield chunk, others, sample_rest(model, *inputs(chunk, others), settings, anchor, bank, progress)
 
 
 class Partial:
@@ -318,9 +321,11 @@ class Partial:
     def __init__(self, out, key):
         self.folder, self.key = Path(f"{out}.partial"), key
         self.folder.mkdir(parents=True, exist_ok=True)
-        for other in self.folder.iterdir():
-            if not other.name.startswith(key):
-                other.unlink(missing_ok=True)                                   # other processes do the same
+        others = [p for p in self.folder.iterdir() if not p.name.startswith(key)]
+        for other in others:
+            other.unlink(missing_ok=True)                                       # other processes do the same
+        if others:
+            print(f"{self.folder}: {len(others)} finished rows of another model, input or setting removed")
 
     def _path(self, row):
         return self.folder / f"{self.key}-{row:06d}.safetensors"
@@ -438,16 +443,15 @@ def load_models(path=DEMO / "sdit.safetensors", device=None, engine=None):
     is in bfloat16 on a GPU, but for the mapping network: landmarks rounded to it would move in steps of a pixel."""
     device = sdit.get_device(device)
     model = sdit.load_model(path, device)
-    c = model.config
+    config = model.config
     if engine:
         from export import load_engine
         engine = load_engine(engine, sdit.sha256(path), device)
     if device.type == "cuda" and sdit.has_bf16("cuda"):
-        mapping = model.mapping
-        model.mapping = None
+        mapping, model.mapping = model.mapping, None                            # out of the way of `to`, then back
         model.to(torch.bfloat16).mapping = mapping
-    return Models(model, sdit.load_autoencoder(sdit.find_weights(c.autoencoder, c.autoencoder_sha256, path), device),
-                  data.SceneEncoder(sdit.find_weights(c.clip, c.clip_sha256, path), device), data.FaceLandmarker(), sdit.sha256(path), device, engine)
+    return Models(model, sdit.load_autoencoder(sdit.find_weights(config.autoencoder, config.autoencoder_sha256, path), device),
+                  data.SceneEncoder(sdit.find_weights(config.clip, config.clip_sha256, path), device), data.FaceLandmarker(), sdit.sha256(path), device, engine)
 
 
 def read_source(path, landmarker, size, number):
@@ -516,8 +520,8 @@ def reenact(source=None, driving=DEMO / "driving.mp4", out="reenacted.mp4", mode
         models = model if isinstance(model, Models) else load_models(model, device, engine)
     if models.engine and method != "anchored":
         raise UserError(f"an --engine samples by --method anchored, not {method}")
-    if models.engine and models.engine.groups == 1 and guidance != 1:
-        raise UserError(f"{models.engine.name} was exported without guidance; give --guidance 1, or export it with --groups 2")
+    if models.engine and models.engine.branches == 1 and guidance != 1:
+        raise UserError(f"{models.engine.name} was exported without guidance; give --guidance 1, or export it with --branches 2")
     with watch("landmarks"):
         video = data.Video(driving)
         wanted = parse_only(only, len(video)) if only else range(len(video))

@@ -70,7 +70,7 @@ class SDiTConfig:
     autoencoder_sha256: str = ""
     clip: str = ""
     clip_sha256: str = ""
-    scene_mean: list = dataclasses.field(default_factory=list)  # mean scene vector of the training set (S numbers)
+    scene_mean: list = dataclasses.field(default_factory=list)  # mean scene vector of the training set (S numbers): tells train.py its data
 
     @property
     def tokens(self):
@@ -137,7 +137,7 @@ class Attention(nn.Module):
         is named. `anchor_kv`, of that shape, is read by every row beside its own keys and values."""
         B, T, N, D = x.shape
         q, k, v = self.qkv(x).view(B, T * N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)   # (B, heads, TN, d)
-        banked = None if bank_slot is None else torch.stack([k, v])[:, :1, :, bank_slot * N:(bank_slot + 1) * N].clone()
+        banked = None if bank_slot is None else torch.stack([z[:1, :, bank_slot * N:(bank_slot + 1) * N] for z in (k, v)])
         if anchor_kv is not None:                                               # (B, heads, TN + N, d); the order of keys is of no importance
             k, v = (torch.cat([own, shared.expand(B, -1, -1, -1)], 2) for own, shared in zip((k, v), anchor_kv))
         x = F.scaled_dot_product_attention(q, k, v)                            # (B, heads, TN, d)
@@ -224,7 +224,8 @@ class Mapping(nn.Module):
     The landmarks come in at unit scale, by mean and spread over the training set (buffers that train.py fills, and the
     model file keeps): else they are nearly constant numbers between 0 and 1, and the ten times smaller learning rate of
     this network (paper 4.1) would take long to use their motion. The scene, a unit vector, is multiplied by
-    SCENE_GAIN sqrt(S), which brings its S numbers to the size of the 1434 of the landmarks. The null vectors stand for scaled ones."""
+    SCENE_GAIN sqrt(S): each of its numbers is then some three times as large as one of the 1434 of the landmarks. The null vectors stand for
+    scaled ones."""
 
     SCENE_GAIN = 3                                 # in short trainings of the demo the scene was used sooner than at 1 or 6
 

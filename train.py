@@ -44,15 +44,15 @@ def expressive_weight(mask, lambda_ex):
     return 1 + lambda_ex * mask[:, :, None]
 
 
-def variational_bound(schedule, x0, xt, noise, v, t):
+def variational_bound(schedule, x0, xt, predicted, v, t):
     """The learned sigma's term of the variational bound, in bits a dimension, (B,) (Improved DDPM, Sec. 3.1; DiT's routine).
 
     KL of the true posterior from the model's; at t = 0, where there is no posterior, the likelihood of x0 in bins of
-    2 / 255. That width belongs to 8-bit pixels and means little for latents; kept as DiT has it. `noise`, the prediction,
+    2 / 255. That width belongs to 8-bit pixels and means little for latents; kept as DiT has it. `predicted`, the noise,
     comes detached: this term teaches the network its variance, never its mean."""
     log_variance = schedule.log_variance(v, t)
-    predicted = schedule.predict_x0(xt, noise, t)
-    mean = schedule.at(schedule.mean_x0, t, xt) * predicted + schedule.at(schedule.mean_xt, t, xt) * xt
+    clean = schedule.predict_x0(xt, predicted, t)
+    mean = schedule.at(schedule.mean_x0, t, xt) * clean + schedule.at(schedule.mean_xt, t, xt) * xt
     true_mean = schedule.at(schedule.mean_x0, t, xt) * x0 + schedule.at(schedule.mean_xt, t, xt) * xt
     true_log = schedule.at(schedule.posterior.log(), t, xt)
     kl = (log_variance - true_log + torch.exp(true_log - log_variance) + (true_mean - mean) ** 2 * torch.exp(-log_variance) - 1) / 2
@@ -108,7 +108,7 @@ def save_state(out, step, model, ema, optimizer, recipe):
     """RUN/state-STEP.pt (the last two are kept) and RUN/model.safetensors, the EMA weights. Names appear when files are whole."""
     state = dict(step=step, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                  recipe=dataclasses.asdict(model.config) | recipe)
-    sdit.save_model(out / "model.safetensors", ema)                             # first: with its last state a run counts as finished
+    sdit.save_model(out / "model.safetensors", ema)                             # before the state: a run whose last state is there counts as finished
     temporary = out / "state.tmp"
     torch.save(state, temporary)
     os.replace(temporary, out / f"state-{step:08d}.pt")
@@ -123,7 +123,7 @@ def newest_state(out):
         try:
             return path, torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as e:                                                  # torch raises a dozen kinds for a damaged file
-            print(f"{path} is damaged ({type(e).__name__}); taking the one before", file=sys.stderr)
+            print(f"{path} is damaged: it does not load ({type(e).__name__}); taking the one before", file=sys.stderr)
     if paths:
         raise UserError(f"every state in {out} is damaged; remove them to start again")
     return None, None
@@ -188,7 +188,7 @@ class Meter:
         self.bad = torch.where(bad, self.bad.clamp(max=step), self.bad)
 
     def read(self, stopping, clear):
-        """(mean loss, mean bound, losses by quarter, first bad step or None, whether a process was told to stop), over all ranks."""
+        """(mean weighted squared error, mean bound, the error by quarter, first bad step or None, whether a process was told to stop), over all ranks."""
         sums, flags = self.sums.clone(), torch.stack([-self.bad, torch.full_like(self.bad, float(stopping))])
         if dist.is_initialized():
             dist.all_reduce(sums)
@@ -216,7 +216,8 @@ def join():
 
 
 def build_model(rows, size, frames):
-    """An untrained SDiT for a cache: it takes over the cache's latent shape, names of the frozen models, and statistics."""
+    """An untrained SDiT for a cache: it takes over the cache's latent shape, names of the frozen models, and statistics. (With --init from a
+    model of ours the landmarks' statistics are that model's, which its weights have learned to read.)"""
     mean, spread, scene_mean = rows.statistics()
     passed = {k: rows.about[k] for k in ("latent_channels", "latent_size", "scene_width", "autoencoder", "autoencoder_sha256",
                                          "clip", "clip_sha256")}
@@ -315,11 +316,11 @@ def arguments():
 
 
 def report(log, bar, entry):
-    """One log line: the bar's text and the same as JSON in RUN/log.jsonl."""
+    """One log line: the bar's text and the same as JSON in RUN/log.jsonl. mse: of the noise, weighted as in the loss, whole and by quarters of t."""
     log.write(json.dumps(entry) + "\n")
     log.flush()
     e, left = entry, time.strftime("%H:%M:%S", time.gmtime(entry["eta_s"] % 86400))
-    bar.write(f"step {e['step']} mse {e['loss']:.4f} by t {'/'.join(f'{q:.3f}' for q in e['quarters'])} bound {e['bound']:.4f} lr {e['lr']:.1e} "
+    bar.write(f"step {e['step']} mse {e['mse']:.4f} by t {'/'.join(f'{q:.3f}' for q in e['quarters'])} bound {e['bound']:.4f} lr {e['lr']:.1e} "
               f"norm {e['norm']:.2f} {e['rows_per_s']:.1f} rows/s {e['tflops']:.3g} TFLOP/s {e['mfu']:.0%} of peak {e['memory_gib']:.1f} GiB "
               f"{int(e['eta_s'] // 86400)}d {left} left")
 
@@ -389,13 +390,13 @@ def main():
             preview(ema, a.out / f"preview-{step + 1:08d}.png")
         if not asking:
             continue
-        loss, bound, quarters, bad, stopping = meter.read(bool(stop), clear=logging)
+        mse, bound, quarters, bad, stopping = meter.read(bool(stop), clear=logging)
         if bad is not None or not math.isfinite(norm):
             raise UserError(f"the loss or its gradient was not finite at step {bad or step + 1}; nothing was saved over. Start from {a.out}/model.safetensors with --init, a lower "
                             f"--lr and another --out")
         if logging and rank == 0:
             speed = (step + 1 - logged[0]) * a.batch / (time.time() - logged[1])
-            report(log, bar, dict(step=step + 1, loss=loss, bound=bound, quarters=quarters, lr=optimizer.param_groups[0]["lr"], norm=norm,
+            report(log, bar, dict(step=step + 1, mse=mse, bound=bound, quarters=quarters, lr=optimizer.param_groups[0]["lr"], norm=norm,
                                   rows_per_s=speed, tflops=speed * flops / 1e12, mfu=speed * flops / 1e12 / peak / world,
                                   memory_gib=data.peak_memory(device.type), eta_s=(a.steps - step - 1) * a.batch / speed))
             logged = step + 1, time.time()

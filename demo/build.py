@@ -188,6 +188,7 @@ def clip_accuracy(groups=10):
 # Cache, sDiT, and what is shipped
 
 def build_cache():
+    """Records of all clips. Unlike data.py's, a clip keeps ends where MediaPipe missed the face: it is rendered there all the same."""
     autoencoder = sdit.load_autoencoder(BUILD / "autoencoder.safetensors", device)
     encoder = data.SceneEncoder(BUILD / "clip.safetensors", device)
     about = data.cache_about(BUILD / "autoencoder.safetensors", BUILD / "clip.safetensors", autoencoder, CLIP["embed_dim"], SIZE)

@@ -314,7 +314,7 @@ def render(f, m, size=128):
 
 
 def sample_clip(seed, frames=48, size=128, fps=24):
-    """One random clip: frames (T, size, size, 3) uint8, its caption, its face and its motion (see above)."""
+    """One random clip: frames (M, size, size, 3) uint8, its caption, its face and its motion (see above)."""
     rng = np.random.default_rng(seed)
     face, motion = sample_face(rng), sample_motion(rng, frames, fps)
     video = np.stack([render(face, {k: c[i] for k, c in motion.items()}, size) for i in range(frames)])
@@ -322,7 +322,7 @@ def sample_clip(seed, frames=48, size=128, fps=24):
 
 
 def painted(frames, seed):
-    """frames (T, size, size, 3) uint8 as one painter would show them: colours mixed anew, soft edges, few tones."""
+    """frames (M, size, size, 3) uint8 as one painter would show them: colours mixed anew, soft edges, few tones."""
     rng = np.random.default_rng(seed)
     mix, tint = np.eye(3) * .55 + rng.dirichlet(np.ones(3), 3) * .45, rng.uniform(.8, 1.1, 3)
     tones, reach = int(rng.integers(5, 9)), frames.shape[1] / 128 * rng.uniform(1, 1.8)

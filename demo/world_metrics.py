@@ -90,7 +90,7 @@ def score(images, true, driving, masks, face, landmarker):
         points = np.stack([p for p in found if p is not None]) / 256
         here, there = motions(points), motions(driving[seen])
         result |= {k: correlation(here[k], there[k]) for k in here}
-        result["expressive_lmse"] = float(((256 * (points - driving[seen])[:, data.EXPRESSIVE]) ** 2).mean())
+        result["expressive_lmse"] = lmse(points, driving[seen], data.EXPRESSIVE)
     for name in COLOURS:
         medians = colours(images, masks, name)
         if len(medians):

@@ -35,10 +35,10 @@ def onnx_graph(small_model, tmp_path_factory):
     return write
 
 
-def runner(model, kind, path, form, precision="fp32", groups=2):
-    return export.load_runner(kind, path, model.config, form, groups, export.PRECISIONS[precision], CPU)
+def runner(model, kind, path, form, precision="fp32", branches=2):
+    return export.load_runner(kind, path, model.config, form, branches, export.PRECISIONS[precision], CPU)
 
 
-def cases(model, form, groups=2):
+def cases(model, form, branches=2):
     for seed, (rows, slot, t) in enumerate(itertools.product((1, 2, 5), (0, 1, 3), (0, 500, 999))):
-        yield export.example(model.config, form, rows, groups, slot, t, seed)
+        yield export.example(model.config, form, rows, branches, slot, t, seed)

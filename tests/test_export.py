@@ -29,13 +29,13 @@ def test_float32_graphs_equal_the_model(small_model, onnx_graph, tmp_path, form,
             assert export.relative_error(result, expected) <= 1e-5
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("branches", [1, 2])
 @pytest.mark.parametrize("form", list(export.FORMS))
-def test_graphs_in_float64(small_model, form, groups):
+def test_graphs_in_float64(small_model, form, branches):
     whole = sdit.SDiT(small_model.config)
     whole.load_state_dict(small_model.state_dict())
-    graph = export.build_graph(whole.double(), form, groups=groups)
-    for inputs in cases(small_model, form, groups):
+    graph = export.build_graph(whole.double(), form, branches=branches)
+    for inputs in cases(small_model, form, branches):
         inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
         for result, expected in zip(export.run_module(graph, torch.float64, inputs), export.reference(whole, form, inputs), strict=True):
             assert export.relative_error(result, expected) < 1e-12
@@ -56,9 +56,9 @@ def test_a_missing_override_would_be_seen(small_model, onnx_graph):
                 assert export.relative_error(export.run_module(unanchored, torch.float32, inputs)[0], run(inputs)[0]) > 1e-2
 
 
-def test_groups_read_their_own_anchor(small_model):
-    """Both branches as rows of one group, which is how the conditional anchor would leak into the unconditional half, is another function."""
-    one = export.build_graph(small_model, "override", groups=1)
+def test_branches_read_their_own_anchor(small_model):
+    """Both branches as rows of one branch, which is how the conditional anchor would leak into the unconditional half, is another function."""
+    one = export.build_graph(small_model, "override", branches=1)
     for inputs in cases(small_model, "override"):
         both = {k: torch.cat([v, v]) for k, v in inputs.items() if k in ("latents", "timesteps")}
         leak = export.run_module(one, torch.float32, inputs | both | dict(conditioning=inputs["conditioning"].transpose(0, 1).flatten(0, 1)[:, None]))[0]
@@ -84,7 +84,7 @@ def test_row_0_decides_for_all_rows_and_they_share_the_anchor(small_model, onnx_
 
 class Arguments:
     """What the command line would give."""
-    form, precision, groups, rows = "packed", "fp32", 2, [4, 8]
+    form, precision, branches, rows = "packed", "fp32", 2, [4, 8]
 
     def __init__(self, out, **rest):
         self.out = out

@@ -189,7 +189,7 @@ def test_processes_and_parts_do_not_change_the_result(cache, tmp_path, monkeypat
     for other in ("two", "parts"):
         assert len(logs[other]) == 20
         for here, there in zip(logs["one"], logs[other]):
-            assert here["loss"] == pytest.approx(there["loss"], rel=1e-4) and here["norm"] == pytest.approx(there["norm"], rel=1e-3)
+            assert here["mse"] == pytest.approx(there["mse"], rel=1e-4) and here["norm"] == pytest.approx(there["norm"], rel=1e-3)
         assert max((weights["one"][k] - weights[other][k]).abs().max() for k in weights["one"]) < 1e-4
     assert logs["one"][-1]["rows_per_s"] > 0 and logs["one"][-1]["mfu"] > 0
 
