@@ -41,7 +41,8 @@ AUTOENCODER_ROUNDS = [dict(steps=3500, lr=2e-3, kl=1e-4, expressive=0, smooth=0)
                       dict(steps=800, lr=1e-3, kl=1e-6, expressive=4, smooth=0.25),
                       dict(steps=1500, lr=1.2e-3, kl=1e-6, expressive=4, smooth=1)]
 CLIP_STEPS = 800
-SDIT_ROUNDS = [dict(steps=30000, lr=1.2e-3), dict(steps=26000, lr=5e-4), dict(steps=16000, lr=4e-4)]     # each a cosine of its own, from the weights of the one before
+# each a cosine of its own, from the weights of the one before
+SDIT_ROUNDS = [dict(steps=30000, lr=1.2e-3), dict(steps=26000, lr=5e-4), dict(steps=16000, lr=4e-4), dict(steps=22000, lr=3e-4)]
 SOURCE_SEED, DRIVING_SEED, PAINTING_SEED = 1_000_003, 1_000_010, 2_000_000
 device = "cuda" if torch.cuda.is_available() else "cpu"
 autocast = torch.autocast(device, torch.bfloat16, enabled=sdit.has_bf16(device))
