@@ -91,7 +91,7 @@ def frame_noise(seed, frames, shape, step=0):
 @dataclass(frozen=True)
 class Settings:
     """How a video is sampled: all that decides the result besides model and inputs. Raises UserError on what is not there. The paper is
-    silent on steps, sampler and guidance; the defaults are the best of those measured on the demo (README)."""
+    silent on steps, sampler and guidance; ours were chosen on the demo (README, Where the paper is silent)."""
     steps: int = 20
     sampler: str = "ddim:1"                        # ddim, ddim:ETA, ddpm or dpm++
     guidance: float = 2.0                          # 1: none
