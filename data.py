@@ -33,7 +33,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import sdit
-from sdit import LANDMARKS, UserError
+from sdit import LANDMARK_COMPONENTS, LANDMARKS, UserError
 
 DEMO = Path(__file__).resolve().parent / "demo"
 VIDEOS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
@@ -690,17 +690,20 @@ class Rows(torch.utils.data.Dataset):
         return dict(latents=latents, landmarks=landmarks, mask=weight / 255, scene=scene)
 
     def statistics(self, clips=2000):
-        """(mean, spread) of the landmarks, (478, 3) each, and the mean scene vector (S,), over evenly spread clips."""
-        points, squares, count, scenes = 0, 0, 0, []
+        """Mean (478, 3) of the landmarks, the basis (1434, LANDMARK_COMPONENTS) that whitens them, and the mean scene vector (S,), over evenly
+        spread clips. The components are those of landmarks scaled to unit spread."""
+        points, scenes = [], []
         for cache, (share, there) in enumerate(zip(self.shares, self.ranges)):
             for i in np.linspace(0, len(there) - 1, min(math.ceil(clips * share), len(there))).astype(int):
                 shard, clip, first, end = self._locate(cache, there[i])
-                some = shard.get_slice("landmarks")[first:end].double()                             # (M, 478, 3)
-                points, squares, count = points + some.sum(0), squares + (some ** 2).sum(0), count + len(some)
+                points.append(shard.get_slice("landmarks")[first:end][::4].flatten(1).float())      # neighbouring frames are alike
                 scenes.append(shard.get_slice("scene")[clip].float())
-        mean = points / count
-        spread = (squares / count - mean ** 2).clamp_min(1e-6).sqrt()
-        return mean.float(), spread.float(), torch.cat(scenes).mean(0)
+        points = torch.cat(points)                                                                  # (frames, 1434)
+        mean, spread = points.mean(0), points.std(0, correction=0).clamp_min(1e-3)
+        scaled = (points - mean) / spread
+        variance, axes = torch.linalg.eigh(scaled.T @ scaled / len(scaled))                         # ascending
+        variance, axes = variance[-LANDMARK_COMPONENTS:].flip(0).clamp_min(1e-3), axes[:, -LANDMARK_COMPONENTS:].flip(1)
+        return mean.view(LANDMARKS, 3), axes / (spread[:, None] * variance.sqrt()), torch.cat(scenes).mean(0)
 
 
 def split_share(text):

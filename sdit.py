@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 
 LANDMARKS = 478                                    # points of MediaPipe's face mesh with irises (paper 4.2)
+LANDMARK_COMPONENTS = 64                           # principal components of them that the mapping network reads
 
 
 class UserError(ValueError):
@@ -221,21 +222,21 @@ class Mapping(nn.Module):
     into the conditioning C_t of every frame. Four residual blocks (paper 4.1). The paper is silent on fusion, width and
     activation; we concatenate, at the transformer's width, pre-norm, GELU.
 
-    The landmarks come in at unit scale, by mean and spread over the training set (buffers that train.py fills, and the
-    model file keeps): else they are nearly constant numbers between 0 and 1, and the ten times smaller learning rate of
-    this network (paper 4.1) would take long to use their motion. The scene, a unit vector, is multiplied by
-    SCENE_GAIN sqrt(S): each of its numbers is then some three times as large as one of the 1434 of the landmarks. The null vectors stand for
-    scaled ones."""
+    The landmarks come in whitened: LANDMARK_COMPONENTS principal components over the training set, each of unit variance (buffers
+    that train.py fills, and the model file keeps). Eyelids and gaze move the numbers a hundred times less than the head
+    does; merely scaled to unit spread, they were not learned by the demo, the less as this network learns ten times
+    slower than the rest (paper 4.1). The scene, a unit vector, is multiplied by SCENE_GAIN sqrt(S): each of its numbers is
+    then some three times as large as one of the landmarks'. The null vectors stand for whitened and multiplied ones."""
 
-    SCENE_GAIN = 3                                 # in short trainings of the demo the scene was used sooner than at 1 or 6
+    SCENE_GAIN = 3                                 # in short trainings of the demo the scene was used sooner than at 1 or 6 (landmarks at unit spread)
 
     def __init__(self, width, scene_width, blocks=4):
         super().__init__()
         self.null_scene = nn.Parameter(torch.zeros(scene_width))
-        self.null_landmarks = nn.Parameter(torch.zeros(LANDMARKS, 3))
+        self.null_landmarks = nn.Parameter(torch.zeros(LANDMARK_COMPONENTS))
         self.register_buffer("landmark_mean", torch.zeros(LANDMARKS, 3))
-        self.register_buffer("landmark_std", torch.ones(LANDMARKS, 3))
-        self.input = nn.Linear(scene_width + 3 * LANDMARKS, width)
+        self.register_buffer("landmark_basis", torch.eye(3 * LANDMARKS, LANDMARK_COMPONENTS))
+        self.input = nn.Linear(scene_width + LANDMARK_COMPONENTS, width)
         self.blocks = nn.Sequential(*[ResidualMLP(width) for _ in range(blocks)])
 
     def forward(self, scene=None, landmarks=None, drop=None):
@@ -243,13 +244,16 @@ class Mapping(nn.Module):
 
         Returns the conditioning (B, T, D); where the landmarks are None, T is 1, and where both are, B is 1 too."""
         scene = self.null_scene[None] if scene is None else scene * (self.SCENE_GAIN * self.null_scene.numel() ** 0.5)
-        landmarks = self.null_landmarks[None, None] if landmarks is None else \
-            (landmarks - self.landmark_mean) / self.landmark_std
+        if landmarks is None:
+            landmarks = self.null_landmarks[None, None]
+        else:
+            with torch.autocast(landmarks.device.type, enabled=False):          # bfloat16 would round small movements away
+                landmarks = (landmarks - self.landmark_mean).flatten(2) @ self.landmark_basis  # (B, T, LANDMARK_COMPONENTS)
         if drop is not None:
             scene = torch.where(drop[:, None], self.null_scene, scene)
-            landmarks = torch.where(drop[:, None, None, None], self.null_landmarks, landmarks)
+            landmarks = torch.where(drop[:, None, None], self.null_landmarks, landmarks)
         B, T = max(len(scene), len(landmarks)), landmarks.shape[1]
-        scene, landmarks = scene[:, None].expand(B, T, -1), landmarks.flatten(2).expand(B, T, -1)
+        scene, landmarks = scene[:, None].expand(B, T, -1), landmarks.expand(B, T, -1)
         return self.blocks(self.input(torch.cat([scene, landmarks], -1)))       # (B, T, D)
 
 

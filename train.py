@@ -218,12 +218,12 @@ def join():
 def build_model(rows, size, frames):
     """An untrained SDiT for a cache: it takes over the cache's latent shape, names of the frozen models, and statistics. (With --init from a
     model of ours the landmarks' statistics are that model's, which its weights have learned to read.)"""
-    mean, spread, scene_mean = rows.statistics()
+    mean, basis, scene_mean = rows.statistics()
     passed = {k: rows.about[k] for k in ("latent_channels", "latent_size", "scene_width", "autoencoder", "autoencoder_sha256",
                                          "clip", "clip_sha256")}
     model = sdit.SDiT(sdit.make_config(size, frames, scene_mean=[round(x, 5) for x in scene_mean.tolist()], **passed))
     model.mapping.landmark_mean.copy_(mean)
-    model.mapping.landmark_std.copy_(spread)
+    model.mapping.landmark_basis.copy_(basis)
     return model
 
 
@@ -338,6 +338,9 @@ def main():
     if a.init and not list(a.out.glob("state-*.pt")):
         sdit.init_weights(model, a.init)
     model.to(device)
+    if world > 1:
+        for buffer in model.buffers():                                          # another processor may turn the components around
+            dist.broadcast(buffer, 0)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = build_optimizer(model, a.lr, a.weight_decay)
     a.out.mkdir(parents=True, exist_ok=True)

@@ -41,9 +41,14 @@ AUTOENCODER_ROUNDS = [dict(steps=3500, lr=2e-3, kl=1e-4, expressive=0, smooth=0)
                       dict(steps=800, lr=1e-3, kl=1e-6, expressive=4, smooth=0.25),
                       dict(steps=1500, lr=1.2e-3, kl=1e-6, expressive=4, smooth=1)]
 CLIP_STEPS = 800
-# each a cosine of its own, from the weights of the one before
-SDIT_ROUNDS = [dict(steps=30000, lr=1.2e-3), dict(steps=26000, lr=5e-4), dict(steps=16000, lr=4e-4), dict(steps=22000, lr=3e-4)]
-SOURCE_SEED, DRIVING_SEED, PAINTING_SEED = 1_000_003, 1_000_010, 2_000_000
+# Each a cosine of its own, from the weights of the one before. Rows of one frame show 16 faces a step for the work of 4, and the scene
+# alone tells them apart: colours are learned there.
+SDIT_ROUNDS = [dict(frames=4, batch=4, steps=30000, lr=1.2e-3), dict(frames=4, batch=4, steps=26000, lr=5e-4),
+               dict(frames=4, batch=4, steps=16000, lr=4e-4), dict(frames=4, batch=4, steps=22000, lr=3e-4),
+               dict(frames=1, batch=16, steps=12000, lr=6e-4), dict(frames=4, batch=4, steps=4500, lr=3e-4),
+               dict(frames=1, batch=16, steps=17000, lr=6e-4), dict(frames=4, batch=4, steps=8000, lr=3e-4),
+               dict(frames=1, batch=16, steps=11000, lr=6e-4), dict(frames=4, batch=4, steps=6500, lr=3e-4)]
+SOURCE_SEED, DRIVING_SEED, PAINTING_SEED = 1_000_021, 1_000_010, 2_000_000
 device = "cuda" if torch.cuda.is_available() else "cpu"
 autocast = torch.autocast(device, torch.bfloat16, enabled=sdit.has_bf16(device))
 
@@ -220,7 +225,7 @@ def sdit_round(number):
 
 def build_sdit():
     for number, r in enumerate(SDIT_ROUNDS, 1):
-        recipe = dict(size="demo", frames=4, batch=4, ema=0.9995, out=sdit_round(number), **r)
+        recipe = dict(size="demo", ema=0.9995, out=sdit_round(number), **r)
         if number > 1:
             recipe["init"] = sdit_round(number - 1) / "model.safetensors"
         caches = [f"{BUILD / 'cache'}:0.9", f"{BUILD / 'painted-cache'}:0.1"]

@@ -306,10 +306,12 @@ def test_an_interrupted_run_goes_on(tmp_path, clip, monkeypatch):
     assert sampled[-1] == [0, 1, 2, 3] and abs(frames_of(tmp_path / "out.mp4") - whole).mean() > 3 * abs(continued - whole).mean()
 
 
-def test_rows_of_other_settings_are_removed(tmp_path):
+def test_rows_of_other_settings_are_removed(tmp_path, capsys):
     sample.Partial(tmp_path / "o.mp4", "one")[3] = torch.ones(2, 4, 8, 8)
     assert 3 in sample.Partial(tmp_path / "o.mp4", "one") and torch.equal(sample.Partial(tmp_path / "o.mp4", "one")[3], torch.ones(2, 4, 8, 8))
+    assert not capsys.readouterr().out
     assert 3 not in sample.Partial(tmp_path / "o.mp4", "two") and not list((tmp_path / "o.mp4.partial").iterdir())
+    assert "1 finished rows of another model, input or setting removed" in capsys.readouterr().out
 
 
 def test_two_processes_make_what_one_makes(tmp_path, clip):

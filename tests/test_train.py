@@ -138,7 +138,7 @@ def test_resume_is_exact(cache, tmp_path, monkeypatch, capsys):
     assert "state-00000004.pt is damaged" in capsys.readouterr().err and same(tmp_path / "whole", tmp_path / "parts")
     model = sdit.load_model(tmp_path / "whole" / "model.safetensors")
     assert model.config.autoencoder_sha256 == "1" and len(model.config.scene_mean) == 128 and model.config.name == "demo"
-    assert model.mapping.landmark_std.std() > 0
+    assert model.mapping.landmark_mean.std() > 0 and not torch.equal(model.mapping.landmark_basis, torch.eye(1434, 64))
     for changed, value in (("frames", "3"), ("lr", "1e-4"), ("seed", "1")):
         with pytest.raises(sdit.UserError, match=f"trained with another {changed}"):
             run(cache, tmp_path / "parts", monkeypatch, f"--{changed}", value)
