@@ -702,8 +702,9 @@ class Rows(torch.utils.data.Dataset):
         mean, spread = points.mean(0), points.std(0, correction=0).clamp_min(1e-3)
         scaled = (points - mean) / spread
         variance, axes = torch.linalg.eigh(scaled.T @ scaled / len(scaled))                         # ascending
-        variance, axes = variance[-LANDMARK_COMPONENTS:].flip(0).clamp_min(1e-3), axes[:, -LANDMARK_COMPONENTS:].flip(1)
-        return mean.view(LANDMARKS, 3), axes / (spread[:, None] * variance.sqrt()), torch.cat(scenes).mean(0)
+        variance, axes = variance[-LANDMARK_COMPONENTS:].flip(0), axes[:, -LANDMARK_COMPONENTS:].flip(1)
+        gain = variance.clamp_min(1e-3).rsqrt() * (variance > 1e-3)                                 # less is jitter, or no movement of so few frames
+        return mean.view(LANDMARKS, 3), axes * gain / spread[:, None], torch.cat(scenes).mean(0)
 
 
 def split_share(text):

@@ -173,7 +173,7 @@ def command(cache, out, *more):
 
 def test_processes_and_parts_do_not_change_the_result(cache, tmp_path, monkeypatch):
     """20 steps of 4 rows: one process, two over gloo, one in two parts: the same losses and weights to 1e-4."""
-    settings = "--batch", "4", "--steps", "20", "--log-every", "1"
+    settings = "--batch", "4", "--steps", "20", "--log-every", "1", "--lr", "1e-4"   # at 1e-3 it is unstable at first, and rounding grows
     run(cache, tmp_path / "one", monkeypatch, *settings)
     run(cache, tmp_path / "parts", monkeypatch, *settings, "--accumulate", "2")
     code, *arguments = command(cache, tmp_path / "two", *settings)[2:]
