@@ -111,7 +111,7 @@ def list_sources(folder, out):
         identity = f"actor-{fields[6]}" if fields else path.stem if spans or len(relative.parts) == 1 else relative.parts[0]
         sources.append(Source(path.absolute(), str(relative), identity, spans.get(path.stem)))
     if not sources:
-        raise UserError(f"no videos ({', '.join(sorted(data.VIDEOS))}) under {folder}" + (" by the names of its list" if spans else ""))
+        raise UserError(f"no videos ({', '.join(sorted(data.VIDEOS))}) under {folder}" + (f" named as its list names them, like {min(spans)}.mp4" if spans else ""))
     return sources
 
 
@@ -526,7 +526,7 @@ def work(stage, source, a):
     before = [read_stage(a.out / "detect" / f"{source.key}.json"), read_stage(a.out / "validate" / f"{source.key}.json")]
     inputs = dict(detect=(), validate=before[:1], write=before[1:])[stage]
     if None in inputs:
-        raise UserError(f"{source.path.name} has not gone through the stage before")
+        raise UserError(f"{source.path.name} has not gone through {'detect' if stage == 'validate' else 'validate'} yet")
     return STAGES[stage][0](source, a, *(i["candidates"] for i in inputs))
 
 
@@ -673,14 +673,13 @@ def main():
     if a.size < 2 or a.size % 2 or not 0 <= a.test <= 1:
         raise UserError("--size is an even number of pixels, --test a share from 0 to 1")
     if a.command in ("run", "validate"):
-        if not Path(sdit.fetch(str(a.clip))).is_file():
-            raise UserError(f"no such file: {a.clip}")
+        sdit.fetch(a.clip)                                                      # a missing file is said before the work
         if Path(a.clip).resolve().parent == DEMO:
             print("note: the bundled CLIP has seen rendered faces only; for real ones give --clip ViT-L-14")
     for folder, name in (a.arcface, "w600k_r50.onnx"), (a.hyperiqa, "koniq_pretrained.pkl"):
         if folder:
             import evaluate
-            evaluate.find_weights(name, folder)                                 # a missing file is said before the work
+            evaluate.find_weights(name, folder)
     if a.command in ("run", "detect"):
         if a.source is None:
             raise UserError(f"name the folder of videos: python curate.py {a.command} VIDEOS --out {a.out}")

@@ -53,7 +53,7 @@ def open_video(path):
         raise UserError(f"{path} is not a video that can be read ({e.strerror or e}); re-encode it, for example as H.264 in .mp4") from None
     if not container.streams.video:
         container.close()
-        raise UserError(f"{path} has no video stream")
+        raise UserError(f"{path} has no video stream, only sound or text")
     container.streams.video[0].thread_type = "AUTO"
     return container
 
@@ -677,9 +677,9 @@ class Rows(torch.utils.data.Dataset):
             self.orders[cache] = epoch, shuffled
         order = self.orders[cache][1]
         for k in range(len(clips)):
-            found = self._locate(cache, clips[order[(i + k) % len(clips)]])
-            if found[3] - found[2] >= self.frames + 2:
-                return found
+            shard, clip, first, end = self._locate(cache, clips[order[(i + k) % len(clips)]])
+            if end - first >= self.frames + 2:
+                return shard, clip, first, end
         raise UserError(f"no clip in {self.folders[cache]} for training has {self.frames + 2} frames; cache longer clips")
 
     def __getitem__(self, n):
@@ -821,6 +821,8 @@ def main():
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if (a.out / "index.json").exists():
         raise UserError(f"{a.out} already holds a cache; name another folder or remove it")
+    if not a.clips.is_dir():
+        raise UserError(f"no such folder: {a.clips}")
     paths = list_files(a.clips, VIDEOS | PICTURES)
     if not paths:
         raise UserError(f"no videos ({', '.join(sorted(VIDEOS))}) and no pictures ({', '.join(sorted(PICTURES))}) under {a.clips}")
@@ -846,6 +848,8 @@ def main():
                 pixels, tracked, fps = clip_crops(path, landmarker, size, watch)
                 record = encode_clip(pixels, tracked, fps, autoencoder, scene_encoder, watch)
                 frames += len(pixels)
+            except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError) as e:
+                raise UserError(f"{path}: {type(e).__name__}, which is not the clip's fault; the same command goes on from here") from None
             except Exception as e:                                              # whatever is wrong with a file, the rest goes on
                 entry |= dict(rejected=str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}")
                 rejected.write(f"\n{json.dumps(entry)}\n")

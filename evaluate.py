@@ -286,7 +286,7 @@ def cut(path, tracked, like, frames, size):
     with data.open_video(path) as container:
         ours = path != like.path and "anchored-diffusion" in container.metadata.get("comment", "")
     if len(video) != len(like):
-        raise UserError(f"{path} has {len(video)} frames, the driving video {len(like)}; results must keep the number")
+        raise UserError(f"{path} has {len(video)} frames, the driving video {len(like)}; a result has a frame for every frame of the driving video")
     wanted, crops = {int(f): i for i, f in enumerate(frames)}, [None] * len(frames)
     shape = next(iter(like)).shape
     for f, image in enumerate(video):
@@ -502,7 +502,7 @@ def table_columns(found, nets):
 
 
 def list_clips(a):
-    """{name: path} of the first `--n` videos; a name is the path within the folder, without ending."""
+    """{name: path} of the first `--n` videos, or of all; a name is the path within the folder, without ending."""
     folder = a.clips or a.out / "world" / "clips"
     paths = data.list_files(folder, data.VIDEOS)
     if not paths:
@@ -617,14 +617,20 @@ def ablation(a, models, M=24):
             return judge(case, made, models, {})
         key = [f"ablation, {name}", models.sha256, str(a.clips), M, dataclasses.astuple(settings_of(a, steps=steps))]
         found[name] = measured(key, list(paths), measure, a, lambda n: [paths[n]])
-    rows, found = [], measured_by_all(found)
-    for name, results in found.items():
+    rows, scores = [], {}
+    for name, results in measured_by_all(found).items():
         pairs = [(r["made_landmarks"], r["driving_landmarks"]) for r in results.values()]
-        rows.append([name + (f" (as planned, {a.steps} steps)" if name == "dealt strided" else ""), len(sample.plan_rows(M, T, variants[name][1])[0]),
-                     plus([self_csim(r["made_clip"], r["driving_clip"]) for r in results.values()], 3), plus([lmse(*p) for p in pairs], 1),
-                     plus([lmse(*p, data.EXPRESSIVE) for p in pairs], 1)])
-    finish(a, models, "ablation", "Dealing, anchor, steps", ["", "rows", "Self-CSIM", "LMSE", "Expressive-LMSE"], rows,
-           [f"{len(next(iter(found.values())))} self-reenactments of {M} frames."])
+        scores[name] = np.array([[self_csim(r["made_clip"], r["driving_clip"]) for r in results.values()], [lmse(*p) for p in pairs],
+                                 [lmse(*p, data.EXPRESSIVE) for p in pairs]])                       # (3, clips)
+    base = scores["dealt strided"]
+    for name, score in scores.items():
+        default = name == "dealt strided"
+        rows.append([name + f" (as planned, {a.steps} steps)" * default, len(sample.plan_rows(M, T, variants[name][1])[0]),
+                     *(plus(s, digits) for s, digits in zip(score, (3, 1, 1))),
+                     *("" if default else plus(s - b, digits) for s, b, digits in zip(score, base, (3, 1)))])
+    finish(a, models, "ablation", "Dealing, anchor, steps", ["", "rows", "Self-CSIM", "LMSE", "Expressive-LMSE", "Self-CSIM minus the first line's",
+                                                             "LMSE minus the first line's"], rows,
+           [f"{base.shape[1]} self-reenactments of {M} frames; differences video by video."])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -924,7 +930,8 @@ def arguments():
     ap.add_argument("--videos", type=Path, help="judge these videos, named like the clips, or like the column out, instead of making some")
     ap.add_argument("--data", type=Path, default=Path("cache"), help="of `guidance`: cache of clips made by data.py")
     ap.add_argument("--weights", type=Path, default=sdit.DOWNLOADS, help="folder with the networks of FID, FVD, HyperIQA, ArcFace")
-    ap.add_argument("--n", type=int, default=50, help="videos (the paper: 1000; of `scenes` half train the heads, so 1024 give its 512)")
+    ap.add_argument("--n", type=int, help="videos (default: 50 of the demo world, all of --clips or --pairs; the paper: "
+                    "1000; of `scenes` half train the heads, so 1024 give its 512)")
     ap.add_argument("--frames", type=int, default=8, help="frames a video in same and cross; 16 and more for comparable FVD")
     ap.add_argument("--steps", type=int, default=sample.Settings.steps)
     ap.add_argument("--guidance", type=float, default=sample.Settings.guidance)
@@ -933,7 +940,9 @@ def arguments():
     a = ap.parse_intermixed_args()                                              # folders may stand behind options
     if a.folders and a.command != "pairs":
         raise UserError(f"{a.command} takes no folders by themselves; give --clips {a.folders[0]}")
-    if min(a.n, a.frames, a.train_steps) < 1 or a.seed < 0:
+    if a.n is None and (a.command == "all" or not (a.clips or a.pairs or a.folders)):
+        a.n = 50
+    if min(1 if a.n is None else a.n, a.frames, a.train_steps) < 1 or a.seed < 0:
         raise UserError("--n, --frames and --train-steps are 1 or more, --seed 0 or more")
     settings_of(a)                                                              # refuses what it cannot be
     a.device, a.many, a.prompt, a.edit = None, 0, "a face with red hair, wearing a blue shirt", "black hair -> blond hair"

@@ -5,9 +5,10 @@
     python sample.py --engine export/demo-4-onnx-fp32                      # sample with it
     python export.py --bench                                             # how fast each is here
 
-Two forms of the same weights. `override` is the paper's rule as it stands: one `Where` after every block. `packed`, the default, is the same
-function with one copy of the anchor: linear layers see every frame once, at the price of two attentions a block. From `packed` the keys and
-values of the anchor leave the graph (row 0); a second graph, `rest`, reads them (all other rows): so a video may have any length.
+Two forms of the same weights. `override` is the paper's rule as it stands: one `Where` after the embedding and every block. `packed`, the
+default, is the same function with one copy of the anchor: linear layers see every frame once, at the price of two attentions a block. From
+`packed` the keys and values of the anchor leave the graph (row 0); a second graph, `rest`, reads them (all other rows): so a video may have
+any length.
 
 Every export is compared with the model in float32 PyTorch before it gets its name; above tolerance nothing is left behind.
 """
@@ -156,8 +157,8 @@ class Unanchored(Override):
 
 class Packed(Graph):
     """The same function as `Override` with one copy of the anchor: what rows 1.. compute for theirs is thrown away by the override, so they
-    need only read its keys and values. Frames are packed: the G anchors, then the
-    other T - 1 frames of row 0, branch by branch, then those of row 1 ..."""
+    need only read its keys and values. Frames are packed: the G anchors, then the other T - 1 frames of row 0, branch by branch, then those
+    of row 1 ..."""
 
     outputs = ("output", "anchor_kv")
 
@@ -332,7 +333,7 @@ def load_onnx(path, device):
     except Exception as e:                                                      # its errors have no common class
         raise UserError(f"ONNX Runtime cannot run {path} on {device}: {str(e).partition(chr(10))[0]}") from None
     if session.get_providers()[0] != provider:                                  # it falls back without an error
-        raise UserError(f"this ONNX Runtime has no {provider}; install onnxruntime-gpu, or choose --device cpu")
+        raise UserError(f"this ONNX Runtime has no {provider}; install onnxruntime-gpu for the CUDA version of this PyTorch, or choose --device cpu")
     return session
 
 
@@ -429,7 +430,7 @@ def load_engine(folder, model_sha256=None, device="cpu"):
     if not {"name", "kind", "precision", "branches", "rows", "model_sha256", "files", "sha256", "config"} <= set(about):
         raise UserError(f"{folder} is not an export: it has no manifest.json of one; make it with export.py")
     if model_sha256 and about["model_sha256"] != model_sha256:
-        raise UserError(f"{folder} was made of another model ({about['name']}, sha256 {about['model_sha256'][:12]}...); export this one")
+        raise UserError(f"{folder} was made of another model ({about['name']}, sha256 {about['model_sha256'][:12]}...); give that with --model, or export this one")
     if "rest" not in about["files"]:
         raise UserError(f"{folder} holds the form {'/'.join(about['files'])}, made to be looked at; videos need --form packed")
     config, runners = sdit.SDiTConfig(**about["config"]), []
@@ -482,7 +483,7 @@ def verify(model, form, branches, run, most_rows=5):
         inputs = example(model.config, form, min(rows, most_rows), branches, slot, t, seed, device)
         expected = reference(model, form, inputs)
         errors += [relative_error(a, b) for a, b in zip(run(inputs), expected, strict=True)]
-        if rows > 1 and form in ("override", "packed"):
+        if min(rows, most_rows) > 1 and form in ("override", "packed"):
             control.append(relative_error(reference(model, "unanchored", inputs)[0], expected[0]))
     return max(errors), min(control, default=None)
 
@@ -522,7 +523,8 @@ def check(model, kind, path, form, precision, branches, device, rows):
     against = "" if control is None else f"; without the anchor it would be {control:.2g}"
     print(f"{form:9} {kind} {precision}: largest relative error {error:.2g}, tolerance {TOLERANCE[precision]:.0e}{against}{note}")
     if not error <= TOLERANCE[precision]:
-        raise UserError(f"the {form} graph differs from the model by {error:.2g}, more than {TOLERANCE[precision]:.0e}; nothing was written")
+        raise UserError(f"the {form} graph differs from the model by {error:.2g}, more than {TOLERANCE[precision]:.0e}; nothing was written; "
+                        f"try another --precision")
     if control is not None and control < 10 * error:
         print(f"note: this model's anchor moves its output by {control:.2g} only, too little to tell an override from none (is it trained?)")
 

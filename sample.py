@@ -7,7 +7,7 @@
 
 The driving video may have any length: its frames are dealt to rows of T that share one frame, the anchor (`plan_rows`).
 `sample_plain` is the paper's rule as it stands, all rows in one batch; `sample_first` and `sample_rest` compute the same
-in the memory of a few rows, and are what runs. An interrupted command, given again, goes on from the rows in OUT.partial/.
+in the memory of a few rows, and are what runs by default. An interrupted command, given again, goes on from the rows in OUT.partial/.
 """
 import argparse
 import csv
@@ -34,7 +34,7 @@ import sdit
 from sdit import NoiseSchedule, UserError
 
 DEMO = Path(__file__).resolve().parent / "demo"
-CHUNK_TOKENS = dict(cpu=2048, cuda=8192)           # tokens that are denoised at once: bounds memory, not the result
+CHUNK_TOKENS = dict(cpu=2048, cuda=8192)           # tokens that are denoised at once: bounds memory; the result is the same, to rounding
 
 # ----------------------------------------------------------------------------------------------------------------------
 # From a video to rows
@@ -127,8 +127,8 @@ class Settings:
         if self.sampler == "dpm++" and self.steps > 1:
             ratio = torch.logit(NoiseSchedule().alpha_bar).numpy()              # falls with t
             t = np.interp(np.linspace(ratio[0], ratio[-1], self.steps), ratio[::-1], np.arange(last, -1, -1))
-        t = np.maximum.accumulate(t.round().astype(int) - n) + n                # no timestep twice
-        t = np.minimum(t, last - n[::-1])[::-1].tolist()
+        t = np.maximum.accumulate(t.round().astype(int) - n) + n                # no timestep twice: each above the one before,
+        t = np.minimum(t, last - n[::-1])[::-1].tolist()                        # and low enough to leave room for those after it
         return list(zip(t, t[1:] + [-1]))
 
 
@@ -169,9 +169,10 @@ SAMPLERS = {"ddpm": (ddpm, True), "dpm++": (dpm_plus, False)}
 
 
 def denoise(settings, x, frames, evaluate, progress, anchor=None):
-    """From noise x (..., C, H, W), one latent for each of `frames`, to clean latents. evaluate(i, x, t) is the model's output at step i
-    and timestep t. With `anchor`, a slot, x is overridden at the start and after every step (Alg. 1, step 3): for `sample_plain`; with the
-    bank there is nothing to override. (As noise belongs to the frame, rows agree on their anchor's latents by themselves, to rounding.)"""
+    """From noise x (..., C, H, W), one latent for each of `frames` (their numbers in the video, (...)), to clean latents. evaluate(i, x, t)
+    is the model's output at step i and timestep t. With `anchor`, a slot, x is overridden at the start and after every step (Alg. 1, step 3):
+    for `sample_plain`; with the bank there is nothing to override. (As noise belongs to the frame, rows agree on their anchor's latents by
+    themselves, to rounding.)"""
     alpha_bar, state, (update, stochastic) = NoiseSchedule().alpha_bar, None, settings.sampler_step()
     x = sdit.override(x, anchor)
     for i, (t, after) in enumerate(settings.timesteps()):
@@ -205,8 +206,8 @@ def run_model(function, x, t, c, *rest):
 def sample_plain(model, x, frames, conditions, settings, anchor, progress=lambda: None):
     """The paper's rule: all rows x (B, T, C, H, W) in one batch, the anchor overridden at the start, in every layer (`SDiT.forward`) and
     after every step (Alg. 1 overrides before the step: the same, since rows agree on their anchor's output and noise). Memory grows with the
-    video; kept as the definition, and as what the tests compare with (the "oracle").
-    With anchor None nothing is shared: rows are independent."""
+    video; it is the definition, and what the tests compare with (the "oracle").
+    With anchor None nothing is shared: rows are independent (`--method independent`, and train.py's previews)."""
     def evaluate(i, x, t):
         return guided([run_model(model, x, t, c, anchor) for c in conditions], settings.guidance)
     return denoise(settings, x, frames, evaluate, progress, anchor)
@@ -321,7 +322,7 @@ class Partial:
     def __init__(self, out, key):
         self.folder, self.key = Path(f"{out}.partial"), key
         self.folder.mkdir(parents=True, exist_ok=True)
-        others = [p for p in self.folder.iterdir() if not p.name.startswith(key)]
+        others = [p for p in self.folder.glob("*-??????.safetensors") if not p.name.startswith(key)]
         for other in others:
             other.unlink(missing_ok=True)                                       # other processes do the same
         if others:
@@ -354,8 +355,8 @@ def edit_scene(encoder, scene, edit):
     try:
         weight = float(weight)
     except ValueError:
-        arrow = ""
-    if not arrow or not before.strip() or not after.strip():
+        weight = math.nan
+    if not arrow or not before.strip() or not after.strip() or not math.isfinite(weight):
         raise UserError(f'--edit "{edit}" is not of the form "blond hair -> red hair" or "blond hair -> red hair:0.5"')
     old, new = encoder.texts([before.strip(), after.strip()])
     return F.normalize(scene + weight * (new - old), dim=-1)
@@ -440,14 +441,15 @@ class Models:
 
 def load_models(path=DEMO / "sdit.safetensors", device=None, engine=None):
     """Models for `reenact`, from the model file of train.py and the weights it names; `engine`, a folder that export.py made of it. The sDiT
-    is in bfloat16 on a GPU, but for the mapping network: landmarks rounded to it would move in steps of a pixel."""
+    is in bfloat16 on a GPU, but for the mapping network: landmarks rounded to it would move in steps of a pixel. (An engine has a precision of
+    its own.)"""
     device = sdit.get_device(device)
     model = sdit.load_model(path, device)
     config = model.config
     if engine:
         from export import load_engine
         engine = load_engine(engine, sdit.sha256(path), device)
-    if device.type == "cuda" and sdit.has_bf16("cuda"):
+    if device.type == "cuda" and sdit.has_bf16("cuda") and not engine:
         mapping, model.mapping = model.mapping, None                            # out of the way of `to`, then back
         model.to(torch.bfloat16).mapping = mapping
     return Models(model, sdit.load_autoencoder(sdit.find_weights(config.autoencoder, config.autoencoder_sha256, path), device),
@@ -546,9 +548,11 @@ def reenact(source=None, driving=DEMO / "driving.mp4", out="reenacted.mp4", mode
         asked = json.dumps(dict(settings_used, model=models.sha256), sort_keys=True)
         key = hashlib.sha256(asked.encode() + b"".join(c.float().cpu().numpy().tobytes() for c in conditions)).hexdigest()[:16]
         finished = Partial(out, key)
-        latent = sample_video(models.engine or models.sdit, conditions, settings, wanted, finished, (rank, world))
-        if world > 1:
-            dist.barrier()                                                      # until all rows are there
+        try:
+            latent = sample_video(models.engine or models.sdit, conditions, settings, wanted, finished, (rank, world))
+        finally:
+            if world > 1:
+                dist.barrier()                                                  # until all rows are there; who failed comes too, for the next pair
     if rank == 0:
         about = dict(tool="anchored-diffusion", model=models.sha256[:16], **settings_used, prompt=prompt, edit=edit, retarget=retarget)
         comment = "synthetic, AI-generated face video; " + json.dumps({k: v for k, v in about.items() if v is not None})
@@ -618,7 +622,7 @@ def arguments():
 
 def main():
     a = arguments()
-    if "WORLD_SIZE" in os.environ:                                              # under torchrun: nothing is exchanged, one waits for all
+    if "WORLD_SIZE" in os.environ:                                              # under torchrun: rank 0's conditions are everyone's, and one waits for all
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
         if torch.cuda.is_available() and not a.device:
             a.device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"

@@ -23,6 +23,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
 import safetensors
 import safetensors.torch
 import torch
@@ -81,14 +82,14 @@ class SDiTConfig:
 
 # Depth, width, heads as in DiT, which the paper extends (paper 4.1: "sDiT-XL"; its numbers are DiT-XL's).
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-DEMO = dict(depth=6, width=160, heads=4, patch=2, latent_channels=6, latent_size=16, scene_width=128)
+DEMO_SIZE = dict(depth=6, width=160, heads=4, patch=2, latent_channels=6, latent_size=16, scene_width=128)
 
 
 def make_config(name, frames=8, **rest):
     """Configuration by name: "S/2" ... "XL/8" (paper D: 256 pixels, so latents 4 x 32 x 32) or "demo"."""
     size, _, patch = name.partition("/")
     if name == "demo":
-        config = SDiTConfig(name=name, frames=frames, **DEMO | rest)
+        config = SDiTConfig(name=name, frames=frames, **DEMO_SIZE | rest)
     elif size in SIZES and patch in ("2", "4", "8"):
         depth, width, heads = SIZES[size]
         config = SDiTConfig(name=name, depth=depth, width=width, heads=heads, patch=int(patch), frames=frames, **rest)
@@ -135,9 +136,11 @@ class Attention(nn.Module):
 
     def forward(self, x, bank_slot=None, anchor_kv=None):
         """x (B, T, N, D) -> the same shape, and the keys and values (2, 1, heads, N, D / heads) of slot `bank_slot` in row 0, if one
-        is named. `anchor_kv`, of that shape, is read by every row beside its own keys and values."""
+        is named. `anchor_kv`, of that shape, is read by every row beside its own keys and values (x then lacks the anchor's slot: T
+        here is one less)."""
         B, T, N, D = x.shape
         q, k, v = self.qkv(x).view(B, T * N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)   # (B, heads, TN, d)
+        # of row 0 alone: (2, 1, heads, N, d)
         banked = None if bank_slot is None else torch.stack([z[:1, :, bank_slot * N:(bank_slot + 1) * N] for z in (k, v)])
         if anchor_kv is not None:                                               # (B, heads, TN + N, d); the order of keys is of no importance
             k, v = (torch.cat([own, shared.expand(B, -1, -1, -1)], 2) for own, shared in zip((k, v), anchor_kv))
@@ -222,9 +225,9 @@ class Mapping(nn.Module):
     into the conditioning C_t of every frame. Four residual blocks (paper 4.1). The paper is silent on fusion, width and
     activation; we concatenate, at the transformer's width, pre-norm, GELU.
 
-    The landmarks come in whitened: LANDMARK_COMPONENTS principal components over the training set, each of unit variance (buffers
-    that train.py fills, and the model file keeps). Eyelids and gaze move the numbers a hundred times less than the head
-    does; merely scaled to unit spread, they were not learned by the demo, the less as this network learns ten times
+    The landmarks come in whitened: LANDMARK_COMPONENTS principal components over the training set, each of unit variance, or 0 if it
+    hardly varies there (buffers that train.py fills, and the model file keeps). Eyelids and gaze move the numbers a hundred
+    times less than the head does; merely scaled to unit spread, they were not learned by the demo, the less as this network learns ten times
     slower than the rest (paper 4.1). The scene, a unit vector, is multiplied by SCENE_GAIN sqrt(S): each of its numbers is
     then some three times as large as one of the landmarks'. The null vectors stand for whitened and multiplied ones."""
 
@@ -368,11 +371,11 @@ class NoiseSchedule:
         self.beta = torch.linspace(1e-4, 0.02, self.steps, dtype=torch.float64)
         self.alpha_bar = torch.cumprod(1 - self.beta, 0)
         previous = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
-        # q(x_{t-1} | x_t, x_0) = N(mean_x0 * x_0 + mean_xt * x_t, posterior): DDPM, Eq. 6 and 7
-        self.posterior = self.beta * (1 - previous) / (1 - self.alpha_bar)
+        # q(x_{t-1} | x_t, x_0) = N(mean_x0 * x_0 + mean_xt * x_t, posterior_variance): DDPM, Eq. 6 and 7
+        self.posterior_variance = self.beta * (1 - previous) / (1 - self.alpha_bar)
         self.mean_x0 = self.beta * previous.sqrt() / (1 - self.alpha_bar)
         self.mean_xt = (1 - previous) * (1 - self.beta).sqrt() / (1 - self.alpha_bar)
-        self.posterior[0] = self.posterior[1]                                   # it is 0 at t = 0, and its logarithm is needed
+        self.posterior_variance[0] = self.posterior_variance[1]                 # it is 0 at t = 0, and its logarithm is needed
         for name, value in vars(self).items():
             setattr(self, name, value.to(device))
 
@@ -391,7 +394,7 @@ class NoiseSchedule:
     def log_variance(self, v, t):
         """Learned sigma: v in -1..1 interpolates between the logarithms of the posterior variance and of beta
         (Improved DDPM, Eq. 15)."""
-        low, high = self.at(self.posterior.log(), t, v), self.at(self.beta.log(), t, v)
+        low, high = self.at(self.posterior_variance.log(), t, v), self.at(self.beta.log(), t, v)
         return low + (v + 1) / 2 * (high - low)
 
 
@@ -556,10 +559,13 @@ class AutoencoderKL(nn.Module):
 
 def write_tensors(path, tensors, config):
     """Write a safetensors file whose metadata is `config` as JSON; the name appears only when the file is whole."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    # not save_file, whose files nobody but their owner may read
-    Path(temporary).write_bytes(safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, {"config": json.dumps(config)}))
-    os.replace(temporary, path)
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        # not save_file, whose files nobody but their owner may read
+        temporary.write_bytes(safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, {"config": json.dumps(config)}))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_tensors(path):
@@ -599,7 +605,8 @@ def save_model(path, model, dtype=torch.float32):
 def _load(path, device, network, config_class):
     tensors, config = read_tensors(path)
     if set(config) != {f.name for f in dataclasses.fields(config_class)}:
-        raise UserError(f"{path} is not a file of the {network.__name__}: its metadata does not hold that network's configuration")
+        raise UserError(f"{path} is not a file of the {network.__name__}: its metadata does not hold that network's configuration"
+                        + "; of a training run, give model.safetensors" * (Path(path).suffix == ".pt"))
     return fill(network(config_class(**config)), tensors, path).to(device).eval().requires_grad_(False)
 
 
@@ -647,6 +654,9 @@ def init_weights(model, path):
         tensors |= {k: v for k, v in model.state_dict().items() if k.startswith("mapping.")}
         print(f"{path}: weights of an image model without our metadata, taken as DiT's; those are licensed CC BY-NC 4.0, not for commercial use, "
               f"and so is what is trained from them")
+    for part in ("autoencoder", "clip"):
+        if config and config.get(f"{part}_sha256") != getattr(model.config, f"{part}_sha256"):
+            print(f"note: {path} was trained with another {part} ({config.get(part)}) than this cache was made with ({getattr(model.config, part)})")
     fill(model, tensors, path)
 
 
@@ -681,16 +691,21 @@ WEIGHTS = {
 def fetch(name):
     """Path of weights given as a file or as a name of WEIGHTS, which is downloaded once to DOWNLOADS."""
     if str(name) not in WEIGHTS:
+        if not Path(name).is_file():
+            raise UserError(f"no such file: {name} (and no name of weights; those are {', '.join(WEIGHTS)})")
         return Path(name)
     (url, digest), path = WEIGHTS[str(name)], DOWNLOADS / f"{name}.safetensors"
-    if not path.is_file():
-        DOWNLOADS.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
-            safetensors.safe_open(path, "pt")
-        except (OSError, RuntimeError, safetensors.SafetensorError) as e:       # no network; another checksum; a torn file
-            path.unlink(missing_ok=True)
-            raise UserError(f"cannot download {name} ({e}); fetch {url} by hand and put it at {path}") from None
+    if path.is_file():
+        return path
+    DOWNLOADS.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{path}.lock"):                                     # of several processes, one downloads
+        if not path.is_file():
+            try:
+                torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
+                safetensors.safe_open(path, "pt")
+            except (OSError, RuntimeError, safetensors.SafetensorError) as e:   # no network; another checksum; a torn file
+                path.unlink(missing_ok=True)
+                raise UserError(f"cannot download {name} ({e}); fetch {url} by hand and put it at {path}") from None
     return path
 
 
@@ -703,5 +718,5 @@ def find_weights(name, digest, beside):
             return path
     if name.removesuffix(".safetensors") in WEIGHTS and sha256(path := fetch(name.removesuffix(".safetensors"))) == digest:
         return path
-    raise UserError(f"{beside} was trained with {name} (sha256 {digest[:12]}...), which is neither beside it nor in "
+    raise UserError(f"{beside} was made with {name} (sha256 {digest[:12]}...), which is neither beside it nor in "
                     f"{folders[1]}; put that file there")

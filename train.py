@@ -54,7 +54,7 @@ def variational_bound(schedule, x0, xt, predicted, v, t):
     clean = schedule.predict_x0(xt, predicted, t)
     mean = schedule.at(schedule.mean_x0, t, xt) * clean + schedule.at(schedule.mean_xt, t, xt) * xt
     true_mean = schedule.at(schedule.mean_x0, t, xt) * x0 + schedule.at(schedule.mean_xt, t, xt) * xt
-    true_log = schedule.at(schedule.posterior.log(), t, xt)
+    true_log = schedule.at(schedule.posterior_variance.log(), t, xt)
     kl = (log_variance - true_log + torch.exp(true_log - log_variance) + (true_mean - mean) ** 2 * torch.exp(-log_variance) - 1) / 2
     upper, lower = (torch.special.ndtr((x0 + edge - mean) * torch.exp(-log_variance / 2)) for edge in (1 / 255, -1 / 255))
     upper, lower = torch.where(x0 > 0.999, 1.0, upper), torch.where(x0 < -0.999, 0.0, lower)
@@ -99,8 +99,8 @@ def draw(seed, step, shape, p_drop):
 # ----------------------------------------------------------------------------------------------------------------------
 # States on disk
 
-# What a run is; a state of another recipe, or of a cache with another mean scene, is refused. The other arguments, and the number of processes,
-# may change between sessions.
+# What a run is, with the model's configuration; a state of another recipe, or of a cache with another mean scene, is refused. The other
+# arguments, the number of processes and the machine may change between sessions (name --precision where its default would change with it).
 RECIPE = ("steps", "batch", "lr", "weight_decay", "lambda_ex", "drop", "ema", "precision", "seed")
 
 
@@ -135,7 +135,11 @@ def load_state(out, model, ema, optimizer, recipe):
     if path is None:
         return 0
     recipe = dataclasses.asdict(model.config) | recipe
-    changed = ["data" if k == "scene_mean" else k for k, v in recipe.items() if v != state["recipe"].get(k)]
+    saved = state["recipe"]
+    changed = [k for k, v in recipe.items() if k != "scene_mean" and v != saved.get(k)]
+    means = [recipe["scene_mean"], saved["scene_mean"]]
+    if len(means[0]) != len(means[1]) or not np.allclose(*means, atol=1e-4):    # not to the bit: another processor rounds differently
+        changed.append("data")
     if changed:
         raise UserError(f"{path} was trained with another {' and '.join(changed)}; use another --out or the same settings")
     model.load_state_dict(state["model"])
@@ -277,7 +281,7 @@ def check_arguments(a, world):
     if a.seed < 0 or a.preview < 0:
         raise UserError("--seed and --preview are 0 or more")
     if a.batch % (world * a.accumulate):
-        raise UserError(f"--batch {a.batch} does not divide into {world} processes of {a.accumulate} parts")
+        raise UserError(f"--batch {a.batch} does not divide into {world} processes of {a.accumulate} parts; give a multiple of {world * a.accumulate}")
 
 
 def build_preview(a, config, beside, device):
@@ -349,7 +353,7 @@ def main():
     if start >= a.steps:
         return print(f"{a.out} is finished: {start} steps")
     peak, flops = device_peak(device, dtype), row_flops(model.config)
-    preview = build_preview(a, model.config, rows.folder, device) if a.preview and rank == 0 else None
+    preview = build_preview(a, model.config, rows.folder / "index.json", device) if a.preview and rank == 0 else None
     if a.compile:
         for block in model.blocks:                                              # one compilation serves all blocks
             block.compile()
@@ -395,8 +399,8 @@ def main():
             continue
         mse, bound, quarters, bad, stopping = meter.read(bool(stop), clear=logging)
         if bad is not None or not math.isfinite(norm):
-            raise UserError(f"the loss or its gradient was not finite at step {bad or step + 1}; nothing was saved over. Start from {a.out}/model.safetensors with --init, a lower "
-                            f"--lr and another --out")
+            raise UserError(f"the loss or its gradient was not finite at step {bad or step + 1}; nothing was saved over. Start again with a lower --lr and "
+                            f"another --out (from {a.out}/model.safetensors, if it is there, with --init)")
         if logging and rank == 0:
             speed = (step + 1 - logged[0]) * a.batch / (time.time() - logged[1])
             report(log, bar, dict(step=step + 1, mse=mse, bound=bound, quarters=quarters, lr=optimizer.param_groups[0]["lr"], norm=norm,

@@ -259,6 +259,13 @@ def test_report_and_pairs(small_world, tmp_path):
     assert run(tmp_path, "same", "--clips", tmp_path / "none")[0] == 2
 
 
+@pytest.mark.parametrize("line, n", [("same", 50), ("same --clips c", None), ("cross --pairs p.csv", None), ("pairs a b", None), ("all --clips c", 50),
+                                     ("cross --pairs p.csv --n 3", 3)])
+def test_all_of_ones_own_videos_are_judged(line, n, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *line.split()])
+    assert evaluate.arguments().n == n
+
+
 def test_denoisers_with_less_see_less(tmp_path):
     """A condition that is not given changes nothing; the others do."""
     torch.manual_seed(0)

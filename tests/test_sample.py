@@ -270,7 +270,7 @@ def test_weights_that_the_model_was_not_trained_with_are_refused(tmp_path):
     tensors, config = sdit.read_tensors(ROOT / "demo" / "sdit.safetensors")
     sdit.write_tensors(tmp_path / "model.safetensors", tensors, config | dict(autoencoder_sha256="0" * 64))
     (tmp_path / "autoencoder.safetensors").write_bytes((ROOT / "demo" / "autoencoder.safetensors").read_bytes())
-    with pytest.raises(sdit.UserError, match="trained with autoencoder.safetensors .sha256 000000000000...., which is neither"):
+    with pytest.raises(sdit.UserError, match="made with autoencoder.safetensors .sha256 000000000000...., which is neither"):
         sample.reenact(ROOT / "demo" / "source.png", ROOT / "demo" / "driving.mp4", tmp_path / "o.mp4", tmp_path / "model.safetensors")
 
 
@@ -349,6 +349,7 @@ def test_pairs_with_text_faces_and_bad_lines(tmp_path, clip, monkeypatch, capsys
     for name in ("face", "edit", "shape"):
         assert abs(frames_of(tmp_path / f"{name}.mp4") - made[0]).mean() > 0.5
     for wrong, message in ((dict(face=(2,)), "no face number 2 in .*driving.mp4, .* has 2"), (dict(edit="red hair"), "is not of the form"),
+                           (dict(edit="a -> b:nan"), "is not of the form"),
                            (dict(source=None, prompt="a face", retarget=True), "give a --source"), (dict(sampler="euler"), "no sampler 'euler'"),
                            (dict(sampler="ddim:2"), "no sampler"), (dict(method="best"), "no method")):
         with pytest.raises(sdit.UserError, match=message):

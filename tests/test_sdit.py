@@ -132,7 +132,7 @@ def test_noise_schedule_closed_forms():
     clean = s.alpha_bar.sqrt()
     assert torch.allclose(s.mean_x0[1:] + s.mean_xt[1:] * clean[1:], clean[:-1], atol=1e-12)
     low, high = s.log_variance(torch.tensor([-1.0, 1.0]), torch.tensor([500, 500]))
-    assert math.isclose(low, math.log(s.posterior[500]), rel_tol=1e-6) and math.isclose(high, math.log(s.beta[500]), rel_tol=1e-6)
+    assert math.isclose(low, math.log(s.posterior_variance[500]), rel_tol=1e-6) and math.isclose(high, math.log(s.beta[500]), rel_tol=1e-6)
 
 
 def test_autoencoder_owns_the_scale():
@@ -217,7 +217,9 @@ def test_named_weights(tmp_path, monkeypatch):
     sdit.write_tensors(there, dict(a=torch.ones(9)), {})
     whole = there.read_bytes()
     monkeypatch.setattr(sdit, "WEIGHTS", {"known": (there.as_uri(), hashlib.sha256(whole).hexdigest()), "unknown": (there.as_uri(), None)})
-    assert sdit.fetch("known").read_bytes() == whole and sdit.fetch("other.pt") == sdit.Path("other.pt")
+    assert sdit.fetch("known").read_bytes() == whole and sdit.fetch(there) == there
+    with pytest.raises(sdit.UserError, match="no such file: knwon .* known, unknown"):
+        sdit.fetch("knwon")
     there.unlink()
     assert sdit.fetch("known").is_file()
     (tmp_path / "cache" / "known.safetensors").unlink()

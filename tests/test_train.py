@@ -1,4 +1,5 @@
 """Training: the loss against closed forms, the optimiser's two rates, exact resume."""
+import contextlib
 import json
 import multiprocessing
 import math
@@ -67,7 +68,7 @@ def test_bound_at_t_0_is_a_likelihood():
     noise, v = torch.zeros_like(x0), torch.zeros_like(x0)
     xt = schedule.add_noise(x0, noise, torch.tensor([0]))
     value = train.variational_bound(schedule, x0, xt, noise, v, torch.tensor([0]))
-    sigma = math.exp((math.log(schedule.posterior[0]) + math.log(schedule.beta[0])) / 4)
+    sigma = math.exp((math.log(schedule.posterior_variance[0]) + math.log(schedule.beta[0])) / 4)
     points = np.linspace(0.2 - 1 / 255, 0.2 + 1 / 255, 100_001)
     density = np.exp(-((points - 0.2) / sigma) ** 2 / 2) / sigma / math.sqrt(2 * math.pi)
     assert value.item() == pytest.approx(-math.log2(np.trapz(density, points)), rel=1e-4)
@@ -142,6 +143,12 @@ def test_resume_is_exact(cache, tmp_path, monkeypatch, capsys):
     for changed, value in (("frames", "3"), ("lr", "1e-4"), ("seed", "1")):
         with pytest.raises(sdit.UserError, match=f"trained with another {changed}"):
             run(cache, tmp_path / "parts", monkeypatch, f"--{changed}", value)
+    state = torch.load(newest, weights_only=True)
+    mean = state["recipe"]["scene_mean"]
+    for error in (2e-5, 1e-2):                                                  # rounding of another processor; another cache
+        torch.save(state | dict(recipe=state["recipe"] | dict(scene_mean=[x + error for x in mean])), newest)
+        with pytest.raises(sdit.UserError, match="trained with another data") if error == 1e-2 else contextlib.nullcontext():
+            run(cache, tmp_path / "parts", monkeypatch)
     for state in (tmp_path / "parts").glob("state-*"):
         state.write_bytes(b"")
     with pytest.raises(sdit.UserError, match="every state .* is damaged"):
