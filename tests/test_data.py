@@ -381,10 +381,16 @@ def test_caching_from_videos(tmp_path, clip, monkeypatch, capsys):
 
     def dies(*_):
         raise KeyboardInterrupt
+
+    def lacks_memory(*_):
+        raise MemoryError
     parts, encode = tmp_path / "parts", data.encode_clip
     assert caching(tmp_path / "clips", parts, monkeypatch, 1, 2) is None        # rank 1 has b.mp4, faceless.mp4, still.png
     monkeypatch.setattr(data, "encode_clip", dies)
     with pytest.raises(KeyboardInterrupt):
+        caching(tmp_path / "clips", parts, monkeypatch, 0, 2)
+    monkeypatch.setattr(data, "encode_clip", lacks_memory)                      # nor is this the clip's fault: it comes again
+    with pytest.raises(sdit.UserError, match="MemoryError, which is not the clip's fault"):
         caching(tmp_path / "clips", parts, monkeypatch, 0, 2)
     with pytest.raises(sdit.UserError, match="was begun with another size and latent_size"):
         caching(tmp_path / "clips", parts, monkeypatch, 0, 2, "--size", "32")

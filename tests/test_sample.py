@@ -310,7 +310,8 @@ def test_rows_of_other_settings_are_removed(tmp_path, capsys):
     sample.Partial(tmp_path / "o.mp4", "one")[3] = torch.ones(2, 4, 8, 8)
     assert 3 in sample.Partial(tmp_path / "o.mp4", "one") and torch.equal(sample.Partial(tmp_path / "o.mp4", "one")[3], torch.ones(2, 4, 8, 8))
     assert not capsys.readouterr().out
-    assert 3 not in sample.Partial(tmp_path / "o.mp4", "two") and not list((tmp_path / "o.mp4.partial").iterdir())
+    (tmp_path / "o.mp4.partial" / "mine").mkdir()
+    assert 3 not in sample.Partial(tmp_path / "o.mp4", "two") and [p.name for p in (tmp_path / "o.mp4.partial").iterdir()] == ["mine"]
     assert "1 finished rows of another model, input or setting removed" in capsys.readouterr().out
 
 

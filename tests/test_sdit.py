@@ -230,3 +230,10 @@ def test_named_weights(tmp_path, monkeypatch):
         with pytest.raises(sdit.UserError, match=f"cannot download {name} "):
             sdit.fetch(name)
         assert not (tmp_path / "cache" / f"{name}.safetensors").exists()
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    (tmp_path / "a.safetensors").mkdir()
+    with pytest.raises(OSError):
+        sdit.write_tensors(tmp_path / "a.safetensors", dict(a=torch.ones(9)), {})
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]

@@ -249,6 +249,9 @@ def test_start_from_other_weights(cache, tmp_path, monkeypatch, capsys):
     other = sdit.SDiT(sdit.make_config("demo", 4))
     sdit.init_weights(other, tmp_path / "ours.safetensors")                      # the number of frames may differ
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+    assert not capsys.readouterr().out
+    sdit.init_weights(sdit.SDiT(sdit.make_config("demo", 4, clip="new", clip_sha256="2")), tmp_path / "ours.safetensors")
+    assert "was trained with another clip" in (said := capsys.readouterr().out) and "autoencoder" not in said
     image = {k: v for k, v in model.state_dict().items() if not k.startswith("mapping.")}
     extra = {"pos_embed": torch.zeros(1, 64, 256), "y_embedder.embedding_table.weight": torch.zeros(1001, 256)}
     torch.save(image | extra, tmp_path / "DiT.pt")
