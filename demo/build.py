@@ -39,8 +39,8 @@ import sdit
 import world
 
 BUILD = DEMO / "build"
-CLIPS, PAINTINGS, FRAMES, FPS = 3000, 500, 16, 8       # rows reach over up to two seconds; seeds 0 .. CLIPS - 1
-RENDER, SIZE = 128, 64                         # landmarks need 128 pixels (eyes are 6 pixels high there), the models see 64
+CLIPS, PAINTINGS, FRAMES, FPS = 4000, 500, 12, 6       # rows reach over up to two seconds; seeds 0 .. CLIPS - 1
+RENDER, SIZE = 144, 128
 AUTOENCODER = sdit.AutoencoderConfig(widths=(16, 32, 64), layers=1, latent_channels=6, groups=8, scale=1.0)
 CLIP = dict(embed_dim=128,
             vision_cfg=dict(image_size=64, patch_size=8, width=128, layers=4, head_width=32, mlp_ratio=3.0),
