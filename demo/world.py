@@ -176,7 +176,7 @@ def unit_weights(c):
     right, left = max(c["gaze_x"], 0), max(-c["gaze_x"], 0)                       # of the image; its own left is at +x
     units |= dict(eyeLookOutLeft=right, eyeLookInRight=right, eyeLookInLeft=left, eyeLookOutRight=left)
     return units | dict(jawOpen=c["jaw"], mouthPucker=c["pucker"], mouthFunnel=.5 * c["pucker"] * c["jaw"],
-                        browInnerUp=max(c["brow"], 0), mouthLeft=max(c["side"], 0), mouthRight=max(-c["side"], 0))
+                        browInnerUp=.6 * max(c["brow"], 0), mouthLeft=max(c["side"], 0), mouthRight=max(-c["side"], 0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
