@@ -57,7 +57,7 @@ QUICK = Recipe(folder=DEMO / "build" / "quick", clips=160, frames=8, paintings=1
                clip_steps=150, runs=((1, 800, 16, 2.4e-3), (4, 150, 8, 1e-3)))
 
 
-AUTOENCODER = sdit.AutoencoderConfig(widths=(8, 32, 64, 96), layers=1, latent_channels=8, groups=8, scale=1.0)
+AUTOENCODER = sdit.AutoencoderConfig(widths=(16, 16, 48, 96), layers=1, latent_channels=8, groups=4, scale=1.0)
 CLIP = dict(embed_dim=128,
             vision_cfg=dict(image_size=96, patch_size=12, width=160, layers=5, head_width=32, mlp_ratio=3.0),
             text_cfg=dict(context_length=48, vocab_size=49408, width=64, heads=2, layers=2))
