@@ -72,7 +72,12 @@ class SDiTConfig:
     autoencoder_sha256: str = ""
     clip: str = ""
     clip_sha256: str = ""
+    prediction: str = "epsilon"                    # or "v", see `SDiT.predict_noise`
     scene_mean: list = dataclasses.field(default_factory=list)  # mean scene vector of the training set (S numbers): tells train.py its data
+
+    def __post_init__(self):
+        if self.prediction not in ("epsilon", "v"):
+            raise UserError(f"no prediction {self.prediction!r}; choose epsilon or v")
 
     @property
     def tokens(self):
@@ -252,9 +257,11 @@ class Mapping(nn.Module):
         else:
             with torch.autocast(landmarks.device.type, enabled=False):          # bfloat16 would round small movements away
                 landmarks = (landmarks - self.landmark_mean).flatten(2) @ self.landmark_basis  # (B, T, LANDMARK_COMPONENTS)
+
         if drop is not None:
             scene = torch.where(drop[:, None], self.null_scene, scene)
             landmarks = torch.where(drop[:, None, None], self.null_landmarks, landmarks)
+
         B, T = max(len(scene), len(landmarks)), landmarks.shape[1]
         scene, landmarks = scene[:, None].expand(B, T, -1), landmarks.expand(B, T, -1)
         return self.blocks(self.input(torch.cat([scene, landmarks], -1)))       # (B, T, D)
@@ -285,6 +292,10 @@ class SDiT(nn.Module):
         position = spatial_encoding(D, config.latent_size // config.patch)
         self.register_buffer("position", position, persistent=False)                                       # (N, D)
         self.register_buffer("time_position", sinusoid(D, torch.arange(config.frames)), persistent=False)  # (T, D)
+
+        # square roots of alpha_bar and 1 - alpha_bar, (2, 1000); no buffer: `to` would round it
+        alpha_bar = NoiseSchedule().alpha_bar
+        self.roots = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()])
         self.initialise()
 
     def initialise(self):
@@ -311,13 +322,27 @@ class SDiT(nn.Module):
         The temporal encoding (paper 3.1: TPE_1 ... TPE_T) is that of the slot, added here, at the input: the paper does
         not say where, and leaves real time to the conditioning."""
         position = self.position[None] + self.time_position[list(slots)][:, None]                  # (T, N, D)
-        return self.x_embedder(latents) + position
+        return self.x_embedder(latents.to(position.dtype)) + position
 
     def unpatchify(self, x):
         """(B, T, N, p * p * 2C) -> (B, T, 2C, H, W)."""
         p, side = self.config.patch, self.config.latent_size // self.config.patch
         x = x.unflatten(2, (side, side)).unflatten(4, (p, p, -1))               # (B, T, h, w, p, p, 2C)
         return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+    def predict_noise(self, output, latents, timesteps):
+        """The noise, then the learned sigma, that the network's output (B, T, 2C, H, W) stands for.
+
+        The paper's network predicts the noise, as DiT does. With v (Salimans and Ho 2022) it need
+        not copy x_t exactly at large t: x_t comes in here, in float32 whatever the precision."""
+        if self.config.prediction == "epsilon":
+            return output
+
+        dtype = torch.promote_types(output.dtype, torch.float32)
+        roots = self.roots.to(latents.device, dtype).index_select(1, timesteps) # (2, B)
+        signal, noise = roots.view(2, -1, 1, 1, 1, 1).unbind(0)                 # (B, 1, 1, 1, 1)
+        v, sigma = output.to(dtype).chunk(2, 2)                                 # (B, T, C, H, W)
+        return torch.cat([noise * latents.to(dtype) + signal * v, sigma], 2)
 
     def forward(self, latents, timesteps, conditioning, anchor=None):
         """One denoising evaluation, and the definition of anchoring.
@@ -327,12 +352,14 @@ class SDiT(nn.Module):
         embedding and after every block (Eq. 3; 3.2: "in all layers throughout the model architecture").
         Returns (B, T, 2C, H, W): the noise, then v in about -1..1, the learned sigma: trained by `train.variational_bound`
         (see `NoiseSchedule.log_variance`), read in sampling by `sample.ddpm` alone."""
+        latents = override(latents, anchor)                                     # (B, T, C, H, W)
+
         # timestep and conditioning are added, as DiT adds its class (the paper does not say how they meet)
         c = override(self.t_embedder(timesteps)[:, None] + conditioning, anchor)       # (B, T, D)
         x = override(self.embed(latents, range(latents.shape[1])), anchor)             # (B, T, N, D)
         for block in self.blocks:
             x = override(block(x, c)[0], anchor)
-        return self.unpatchify(self.final_layer(x, c))
+        return self.predict_noise(self.unpatchify(self.final_layer(x, c)), latents, timesteps)
 
     def forward_first(self, latents, timesteps, conditioning, anchor):
         """`forward` of row 0 alone, (1, T, ...): what it makes of its anchor is what all rows read.
@@ -355,7 +382,8 @@ class SDiT(nn.Module):
         for i, block in enumerate(self.blocks):
             x, kv = block(x, c, bank_slot, None if anchor_kv is None else anchor_kv[i])
             bank.append(kv)
-        return self.unpatchify(self.final_layer(x, c)), None if bank_slot is None else torch.stack(bank)
+        output = self.predict_noise(self.unpatchify(self.final_layer(x, c)), latents, timesteps)
+        return output, None if bank_slot is None else torch.stack(bank)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -368,9 +396,9 @@ class NoiseSchedule:
     steps = 1000
 
     def __init__(self, device="cpu"):
-        self.beta = torch.linspace(1e-4, 0.02, self.steps, dtype=torch.float64)
+        self.beta = torch.linspace(1e-4, 0.02, self.steps, dtype=torch.float64, device="cpu")
         self.alpha_bar = torch.cumprod(1 - self.beta, 0)
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
+        previous = torch.cat([self.alpha_bar.new_ones(1), self.alpha_bar[:-1]])
         # q(x_{t-1} | x_t, x_0) = N(mean_x0 * x_0 + mean_xt * x_t, posterior_variance): DDPM, Eq. 6 and 7
         self.posterior_variance = self.beta * (1 - previous) / (1 - self.alpha_bar)
         self.mean_x0 = self.beta * previous.sqrt() / (1 - self.alpha_bar)
@@ -604,7 +632,8 @@ def save_model(path, model, dtype=torch.float32):
 
 def _load(path, device, network, config_class):
     tensors, config = read_tensors(path)
-    if set(config) != {f.name for f in dataclasses.fields(config_class)}:
+    fields = {f.name for f in dataclasses.fields(config_class)}
+    if set(config) | fields & {"prediction"} != fields:                     # older files lack it
         raise UserError(f"{path} is not a file of the {network.__name__}: its metadata does not hold that network's configuration"
                         + "; of a training run, give model.safetensors" * (Path(path).suffix == ".pt"))
     return fill(network(config_class(**config)), tensors, path).to(device).eval().requires_grad_(False)
@@ -649,6 +678,10 @@ def init_weights(model, path):
     (DiT-XL-2-256x256.pt): those are the transformer's weights; the mapping network, which DiT lacks, starts from scratch, and
     DiT's class embedding is left out."""
     tensors, config = read_tensors(path)
+    prediction = config.get("prediction", "epsilon")
+    if prediction != model.config.prediction:
+        raise UserError(f"{path} predicts {prediction}; give --prediction {prediction}")
+
     if not config:
         tensors = {k: v for k, v in tensors.items() if k not in ("pos_embed", "y_embedder.embedding_table.weight")}
         tensors |= {k: v for k, v in model.state_dict().items() if k.startswith("mapping.")}

@@ -72,7 +72,13 @@ def diffusion_loss(model, schedule, batch, t, noise, drop, lambda_ex=1.0):
     xt = schedule.add_noise(x0, noise, t)
     output = model(xt, t, model.mapping(batch["scene"], batch["landmarks"], drop)).float()
     predicted, v = output.chunk(2, dim=2)                                        # (B, T, C, H, W) each
-    error = (expressive_weight(batch["mask"], lambda_ex) * (predicted - noise) ** 2).flatten(1).mean(1)
+
+    weight = expressive_weight(batch["mask"], lambda_ex)                        # (B, T, 1, H, W)
+    error = (weight * (predicted - noise) ** 2).flatten(1).mean(1)              # (B,)
+    if model.config.prediction == "v":
+        # epsilon's error is sqrt(alpha_bar) times v's: this is the squared error of v
+        error = error / schedule.at(schedule.alpha_bar, t, error)
+
     return error, variational_bound(schedule, x0, xt, predicted.detach(), v, t)
 
 
@@ -320,7 +326,9 @@ def arguments():
 
 
 def report(log, bar, entry):
-    """One log line: the bar's text and the same as JSON in RUN/log.jsonl. mse: of the noise, weighted as in the loss, whole and by quarters of t."""
+    """One log line: the bar's text, and the same as JSON in RUN/log.jsonl.
+
+    mse: of what is predicted, weighted as in the loss, of all t and by quarters of t."""
     log.write(json.dumps(entry) + "\n")
     log.flush()
     e, left = entry, time.strftime("%H:%M:%S", time.gmtime(entry["eta_s"] % 86400))

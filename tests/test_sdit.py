@@ -55,9 +55,10 @@ def test_output_shape_and_patch_order():
     assert torch.equal(image[:, :, 5, 1 * 2 + 1, 2 * 2 + 0], tokens[:, :, 1 * 4 + 2, (1 * 2 + 0) * 2 * C + 5])
 
 
-def test_anchor_is_overridden_in_every_layer():
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_anchor_is_overridden_in_every_layer(prediction):
     """Paper 3.2: "in all layers throughout the model architecture"."""
-    model, anchor, seen = random_sdit(frames=4, depth=3), 2, []
+    model, anchor, seen = random_sdit(frames=4, depth=3, prediction=prediction), 2, []
     for m in (*model.blocks, model.final_layer):
         m.register_forward_pre_hook(lambda m, args: seen.append(args))
     out = model(torch.randn(3, 4, 4, 8, 8), torch.full((3,), 100), torch.randn(3, 4, 32), anchor)
@@ -157,6 +158,14 @@ def test_files_round_trip_and_say_what_does_not_fit(tmp_path):
                            ({k: v for k, v in tensors.items() if k != "mapping.null_scene"}, "mapping.null_scene is missing"),
                            (dict(tensors) | {"extra": torch.zeros(1)}, "it has extra")):
         sdit.write_tensors(path, wrong, config)
+        with pytest.raises(sdit.UserError, match=message):
+            sdit.load_model(path)
+    older = {k: v for k, v in config.items() if k != "prediction"}
+    sdit.write_tensors(path, tensors, older)
+    assert sdit.load_model(path).config.prediction == "epsilon"
+    for wrong, message in ((older | {"unknown": 1}, "not a file of the SDiT"),
+                           (older | {"prediction": "x0"}, "no prediction 'x0'")):
+        sdit.write_tensors(path, tensors, wrong)
         with pytest.raises(sdit.UserError, match=message):
             sdit.load_model(path)
     with pytest.raises(sdit.UserError, match="not a file of the AutoencoderKL"):

@@ -26,9 +26,10 @@ def batch(B=2, T=4):
                 scene=torch.nn.functional.normalize(torch.randn(B, 16), dim=1))
 
 
-def test_expressive_pixels_weigh_more():
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_expressive_pixels_weigh_more(prediction):
     """Paper 4.1: weight 1 + lambda_ex on the mask, 1 elsewhere; not normalised."""
-    model, schedule, b, t, drop = random_sdit(), sdit.NoiseSchedule(), batch(), torch.tensor([5, 700]), torch.tensor([False] * 2)
+    model, schedule, b, t, drop = random_sdit(prediction=prediction), sdit.NoiseSchedule(), batch(), torch.tensor([5, 700]), torch.tensor([False] * 2)
     noise = torch.randn_like(b["latents"])
     plain, bound = train.diffusion_loss(model, schedule, b, t, noise, drop, 1.0)
     b["mask"][:, 1, 2:4, 3] = 0.5
@@ -36,10 +37,27 @@ def test_expressive_pixels_weigh_more():
     xt = schedule.add_noise(b["latents"], noise, t)
     output = model(xt, t, model.mapping(b["scene"], b["landmarks"]))
     squared = (output[:, :, :4] - noise) ** 2                                   # the target is the noise
+    if prediction == "v":
+        squared = squared / schedule.alpha_bar[t].view(2, 1, 1, 1, 1).float()
     torch.testing.assert_close(plain, squared.mean((1, 2, 3, 4)))
     torch.testing.assert_close(masked, plain + 0.5 * squared[:, 1, :, 2:4, 3].sum((1, 2)) / squared[0].numel())
     torch.testing.assert_close(same, bound)
     assert torch.equal(train.diffusion_loss(model, schedule, b, t, noise, drop, 0.0)[0], plain)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_v_loss_is_the_squared_error_of_v(bf16):
+    """(F - v)^2 in float64 of what the network itself put out, also at t = 999 and in bfloat16."""
+    model, schedule, b, seen = random_sdit(prediction="v"), sdit.NoiseSchedule(), batch(3), []
+    model.final_layer.register_forward_hook(lambda m, given, y: seen.append(model.unpatchify(y)))
+    noise, t = torch.randn_like(b["latents"]), torch.tensor([0, 600, 999])
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        error, _ = train.diffusion_loss(model, schedule, b, t, noise, torch.tensor([False] * 3))
+
+    alpha_bar = schedule.alpha_bar[t].view(3, 1, 1, 1, 1)
+    v = alpha_bar.sqrt() * noise.double() - (1 - alpha_bar).sqrt() * b["latents"].double()
+    expected = (seen[0][:, :, :4].double() - v).square().mean((1, 2, 3, 4))
+    torch.testing.assert_close(error.double(), expected, rtol=1e-5, atol=0)
 
 
 def test_bound_is_the_kl_of_two_normals():
