@@ -230,28 +230,37 @@ class Mapping(nn.Module):
     into the conditioning C_t of every frame. Four residual blocks (paper 4.1). The paper is silent on fusion, width and
     activation; we concatenate, at the transformer's width, pre-norm, GELU.
 
-    The landmarks come in whitened: LANDMARK_COMPONENTS principal components over the training set, each of unit variance, or 0 if it
-    hardly varies there (buffers that train.py fills, and the model file keeps). Eyelids and gaze move the numbers a hundred
-    times less than the head does; merely scaled to unit spread, they were not learned by the demo, the less as this network learns ten times
-    slower than the rest (paper 4.1). The scene, a unit vector, is multiplied by SCENE_GAIN sqrt(S): each of its numbers is
-    then some three times as large as one of the landmarks'. The null vectors stand for whitened and multiplied ones."""
-
-    SCENE_GAIN = 3                                 # in short trainings of the demo the scene was used sooner than at 1 or 6 (landmarks at unit spread)
+    Both signals come in normalised by statistics of the training set: buffers that train.py fills
+    and the model file keeps. The landmarks are whitened: LANDMARK_COMPONENTS principal components,
+    each of unit variance, or 0 if it hardly varies there; eyelids and gaze would else be drowned by
+    the head's movements. The scene is centred, since CLIP vectors of faces are all alike, and
+    scaled to the same total variance. The null vectors stand for normalised signals."""
 
     def __init__(self, width, scene_width, blocks=4):
         super().__init__()
         self.null_scene = nn.Parameter(torch.zeros(scene_width))
         self.null_landmarks = nn.Parameter(torch.zeros(LANDMARK_COMPONENTS))
-        self.register_buffer("landmark_mean", torch.zeros(LANDMARKS, 3))
-        self.register_buffer("landmark_basis", torch.eye(3 * LANDMARKS, LANDMARK_COMPONENTS))
         self.input = nn.Linear(scene_width + LANDMARK_COMPONENTS, width)
         self.blocks = nn.Sequential(*[ResidualMLP(width) for _ in range(blocks)])
+
+        self.register_buffer("landmark_mean", torch.zeros(LANDMARKS, 3))
+        self.register_buffer("landmark_basis", torch.eye(3 * LANDMARKS, LANDMARK_COMPONENTS))
+        self.register_buffer("scene_mean", torch.zeros(scene_width))
+        self.register_buffer("scene_gain", torch.tensor(LANDMARK_COMPONENTS ** 0.5))
+
+        # At the start C_t's entries vary by about 1, those of t's embedding by this: two layers of
+        # standard deviation 0.02, SiLU's slope of 1/2, and the 96 of its 128 waves that turn.
+        self.register_buffer("output_gain", torch.tensor(0.02 ** 2 / 2 * math.sqrt(96 * width)))
 
     def forward(self, scene=None, landmarks=None, drop=None):
         """scene (B, S), landmarks (B, T, 478, 3), either or both None; `drop` (B,) bool marks rows that lose both.
 
         Returns the conditioning (B, T, D); where the landmarks are None, T is 1, and where both are, B is 1 too."""
-        scene = self.null_scene[None] if scene is None else scene * (self.SCENE_GAIN * self.null_scene.numel() ** 0.5)
+        if scene is None:
+            scene = self.null_scene[None]
+        else:
+            scene = (scene - self.scene_mean) * self.scene_gain                 # (B, S)
+
         if landmarks is None:
             landmarks = self.null_landmarks[None, None]
         else:
@@ -264,7 +273,8 @@ class Mapping(nn.Module):
 
         B, T = max(len(scene), len(landmarks)), landmarks.shape[1]
         scene, landmarks = scene[:, None].expand(B, T, -1), landmarks.expand(B, T, -1)
-        return self.blocks(self.input(torch.cat([scene, landmarks], -1)))       # (B, T, D)
+        mixed = self.input(torch.cat([scene, landmarks], -1))                   # (B, T, D)
+        return self.blocks(mixed) * self.output_gain
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -225,15 +225,19 @@ def join():
     return rank, world, device
 
 
-def build_model(rows, size, frames):
-    """An untrained SDiT for a cache: it takes over the cache's latent shape, names of the frozen models, and statistics. (With --init from a
-    model of ours the landmarks' statistics are that model's, which its weights have learned to read.)"""
-    mean, basis, scene_mean = rows.statistics()
-    passed = {k: rows.about[k] for k in ("latent_channels", "latent_size", "scene_width", "autoencoder", "autoencoder_sha256",
-                                         "clip", "clip_sha256")}
-    model = sdit.SDiT(sdit.make_config(size, frames, scene_mean=[round(x, 5) for x in scene_mean.tolist()], **passed))
-    model.mapping.landmark_mean.copy_(mean)
-    model.mapping.landmark_basis.copy_(basis)
+def build_model(rows, size, frames, prediction="epsilon"):
+    """An untrained SDiT for a cache: it takes over the cache's latent shape, names of the frozen
+    models, and statistics. (--init from a model of ours then brings that model's statistics, which
+    its weights have learned to read.)"""
+    passed = ("latent_channels", "latent_size", "scene_width", "autoencoder", "autoencoder_sha256",
+              "clip", "clip_sha256")
+    statistics = rows.statistics()
+    scene_mean = [round(x, 5) for x in statistics["scene_mean"].tolist()]
+    config = sdit.make_config(size, frames, prediction=prediction, scene_mean=scene_mean,
+                              **{k: rows.about[k] for k in passed})
+    model = sdit.SDiT(config)
+    for name, value in statistics.items():
+        getattr(model.mapping, name).copy_(value)
     return model
 
 
@@ -305,6 +309,8 @@ def arguments():
     ap.add_argument("--data", nargs="+", default=["cache"], metavar="CACHE[:SHARE]", help="caches made by data.py; several with shares, as in a:0.9 b:0.1")
     ap.add_argument("--out", type=Path, help="folder of the run (default: runs/SIZE-FRAMES)")
     ap.add_argument("--init", type=Path, help="start from these weights: a model file of train.py, or DiT-XL-2-256x256.pt")
+    ap.add_argument("--prediction", choices=("epsilon", "v"), default="epsilon",
+                    help="what the network predicts; v learns faster in short trainings")
     ap.add_argument("--steps", type=int, default=1_000_000)
     ap.add_argument("--batch", type=int, default=16, help="rows a step, over all processes")
     ap.add_argument("--accumulate", type=int, default=1, help="parts in which a process works through its rows, to save memory")
@@ -346,7 +352,7 @@ def main():
     dtype = torch.bfloat16 if a.precision == "bf16" else torch.float32
     rows = data.Rows(a.data, a.frames, a.seed)
     torch.manual_seed(a.seed)
-    model = build_model(rows, a.size, a.frames)
+    model = build_model(rows, a.size, a.frames, a.prediction)
     if a.init and not list(a.out.glob("state-*.pt")):
         sdit.init_weights(model, a.init)
     model.to(device)

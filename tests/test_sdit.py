@@ -123,6 +123,46 @@ def test_mapping_nulls_and_drop():
     assert changes[0, 2] > 1e-4 and (changes > 0).sum() == 1
 
 
+def test_statistics_normalise_the_scene():
+    mapping, seen = random_sdit(frames=4).mapping, []
+    mapping.input.register_forward_pre_hook(lambda _, x: seen.append(x[0][:, 0, :16]))
+    mean = torch.randn(16)
+    mapping.scene_mean.copy_(mean)
+    mapping.scene_gain.fill_(5)
+    mapping(mean + torch.eye(16))
+    torch.testing.assert_close(seen[0], 5 * torch.eye(16))
+    mapping(mean.expand(2, -1), None, torch.tensor([True, False]))
+    expected = torch.stack([mapping.null_scene, torch.zeros(16)])               # a normalised one
+    torch.testing.assert_close(seen[1], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", ["demo", "XL/2"])
+def test_conditioning_and_timestep_start_alike(size):
+    """On a fresh model scene, landmarks and timestep move what the blocks see alike."""
+    torch.manual_seed(0)
+    config = sdit.make_config(size)
+    config.depth = 0
+    model = sdit.SDiT(config)
+    mapping, S = model.mapping, config.scene_width
+
+    # vectors all alike, and landmarks that are whitened already; statistics as train.py fills them
+    scenes = torch.nn.functional.normalize(1 + torch.randn(200, S), dim=1)
+    landmarks = torch.zeros(200, 1, 1434)
+    landmarks[:, 0, :64] = torch.randn(200, 64)
+    landmarks = landmarks.unflatten(2, (478, 3))
+    mapping.scene_mean.copy_(scenes.mean(0))
+    mapping.scene_gain.copy_((64 / (scenes - scenes.mean(0)).square().sum(1).mean()).sqrt())
+
+    def movement(vectors):                                                      # (200 or 1000, D)
+        return (vectors - vectors.mean(0)).norm(dim=1).square().mean().sqrt().item()
+
+    with torch.no_grad():
+        moved = [movement(mapping(scenes, landmarks[:1].expand(200, -1, -1, -1))[:, 0]),
+                 movement(mapping(scenes[:1].expand(200, -1), landmarks)[:, 0]),
+                 movement(model.t_embedder(torch.arange(1000)))]
+    assert max(moved) < 3 * min(moved)
+
+
 def test_noise_schedule_closed_forms():
     s = sdit.NoiseSchedule()
     assert s.beta[0] == 1e-4 and math.isclose(s.beta[-1], 0.02) and len(s.beta) == 1000

@@ -281,6 +281,29 @@ def test_start_from_other_weights(cache, tmp_path, monkeypatch, capsys):
     with pytest.raises(sdit.UserError, match=r"does not fit this network: x_embedder.proj.weight is \(160, 6, 2, 2\), expected \(384, 4, 2, 2\)"):
         sdit.init_weights(sdit.SDiT(sdit.make_config("S/2", 4)), tmp_path / "ours.safetensors")
     run(cache, tmp_path / "run", monkeypatch, "--init", str(tmp_path / "DiT.pt"))
+    for name in ("DiT.pt", "ours.safetensors"):
+        settings = "--init", str(tmp_path / name), "--prediction", "v"
+        with pytest.raises(sdit.UserError, match=f"{name} predicts epsilon; give --prediction e"):
+            run(cache, tmp_path / "other", monkeypatch, *settings)
+
+
+def test_init_keeps_the_statistics_that_the_weights_know(cache, tmp_path, monkeypatch):
+    """Those of the model that training starts from; without one, the cache's."""
+    run(cache, tmp_path / "fresh", monkeypatch)
+    fresh = sdit.load_model(tmp_path / "fresh" / "model.safetensors")
+    statistics = data.Rows(cache, 2).statistics()
+    for name, value in statistics.items():
+        torch.testing.assert_close(getattr(fresh.mapping, name), value)
+    fresh.mapping.scene_mean.add_(1)
+    fresh.mapping.scene_gain.fill_(3)
+    fresh.mapping.output_gain.fill_(0.5)
+    sdit.save_model(tmp_path / "other.safetensors", fresh)
+    run(cache, tmp_path / "run", monkeypatch, "--init", str(tmp_path / "other.safetensors"))
+    model = sdit.load_model(tmp_path / "run" / "model.safetensors")
+    kept = dict(fresh.mapping.named_buffers())
+    assert len(kept) == 5
+    for name, value in model.mapping.named_buffers():
+        assert torch.equal(value, kept[name]), name
 
 
 def test_preview(tmp_path, monkeypatch):
