@@ -149,7 +149,15 @@ class Attention(nn.Module):
         banked = None if bank_slot is None else torch.stack([z[:1, :, bank_slot * N:(bank_slot + 1) * N] for z in (k, v)])
         if anchor_kv is not None:                                               # (B, heads, TN + N, d); the order of keys is of no importance
             k, v = (torch.cat([own, shared.expand(B, -1, -1, -1)], 2) for own, shared in zip((k, v), anchor_kv))
-        x = F.scaled_dot_product_attention(q, k, v)                            # (B, heads, TN, d)
+
+        # training on a CPU: the fused kernel's backward pass is slower there than plain products
+        if q.requires_grad and q.device.type == "cpu" and q.dtype is torch.bfloat16:
+            with torch.autocast("cpu", enabled=False):                          # softmax in bfloat16
+                scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)        # (B, heads, TN, TN)
+                x = scores.softmax(-1) @ v                                      # (B, heads, TN, d)
+        else:
+            x = F.scaled_dot_product_attention(q, k, v)                         # (B, heads, TN, d)
+
         return self.proj(x.transpose(1, 2).reshape(B, T, N, D)), banked
 
 

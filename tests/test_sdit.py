@@ -79,6 +79,59 @@ def test_rows_read_the_anchor_but_never_change_row_0():
     assert (together[1] - model(x[1:], t[1:], c[1:])[0]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_v_is_read_as_noise(dtype):
+    """epsilon = sqrt(1 - alpha_bar) x_t + sqrt(alpha_bar) v, exactly where weights are in bfloat16
+    too; the learned sigma is what it was. v so read gives back the clean latents."""
+    raw, model = (random_sdit(dtype=dtype, prediction=p) for p in ("epsilon", "v"))
+    x, c = torch.randn(3, 4, 4, 8, 8), torch.randn(3, 4, 32).to(dtype)
+    t = torch.tensor([0, 500, 999])
+    x = x.double() if dtype is torch.float64 else x
+    v, sigma = raw(x, t, c).double().chunk(2, 2)
+    predicted, same = model(x, t, c).double().chunk(2, 2)
+
+    alpha_bar = sdit.NoiseSchedule().alpha_bar[t].view(3, 1, 1, 1, 1)
+    expected = (1 - alpha_bar).sqrt() * x.double() + alpha_bar.sqrt() * v
+    tolerance = 1e-14 if dtype is torch.float64 else 1e-6
+    torch.testing.assert_close(predicted, expected, rtol=0, atol=tolerance)
+    assert torch.equal(sigma, same)
+
+    noise, x0 = torch.randn_like(x).double(), torch.randn_like(x).double()
+    xt = sdit.NoiseSchedule().add_noise(x0, noise, t)
+    v = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
+    output = model.predict_noise(torch.cat([v, v], 2), xt, t)
+    torch.testing.assert_close(output[:, :, :4], noise, rtol=0, atol=1e-12)
+
+
+def test_attention_in_training_on_a_cpu(monkeypatch):
+    """Written out in bfloat16 it agrees with the kernel, forward and backward, to rounding. Without
+    gradients, or in float32, it is the kernel."""
+    attention, calls = random_sdit(depth=1).blocks[0].attn, []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                        lambda *qkv: calls.append(0) or kernel(*qkv))
+
+    def attend(bf16, grad):
+        calls.clear()
+        g = torch.Generator().manual_seed(0)
+        x = 2 * torch.randn(2, 4, 16, 32, generator=g)                          # no flat softmax
+        x.requires_grad_(grad)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            y, _ = attention(x)
+        if grad:
+            y.float().square().sum().backward()
+        return y.detach().float(), x.grad, bool(calls)
+
+    exact, exact_grad, fused = attend(bf16=False, grad=True)
+    assert fused
+    inference, _, fused = attend(bf16=True, grad=False)
+    assert fused
+    written, written_grad, fused = attend(bf16=True, grad=True)
+    assert not fused
+    for a, b in ((written, exact), (written, inference), (written_grad, exact_grad)):
+        assert (a - b).norm() < 2e-2 * b.norm()
+
+
 def test_conditioning_is_per_frame():
     """Without attention no frame hears of another, so the conditioning of a frame may change that frame alone."""
     model = random_sdit(frames=4)
