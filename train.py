@@ -107,7 +107,8 @@ def draw(seed, step, shape, p_drop):
 
 # What a run is, with the model's configuration; a state of another recipe, or of a cache with another mean scene, is refused. The other
 # arguments, the number of processes and the machine may change between sessions (name --precision where its default would change with it).
-RECIPE = ("steps", "batch", "lr", "weight_decay", "lambda_ex", "drop", "ema", "precision", "seed")
+RECIPE = ("steps", "batch", "lr", "mapping_lr", "warmup", "weight_decay", "lambda_ex", "drop",
+          "ema", "precision", "seed")
 
 
 def save_state(out, step, model, ema, optimizer, recipe):
@@ -241,12 +242,19 @@ def build_model(rows, size, frames, prediction="epsilon"):
     return model
 
 
-def build_optimizer(model, lr, weight_decay):
-    """AdamW with PyTorch's defaults (paper D: "default parameter values"), the mapping network ten times slower (paper 4.1)."""
+def build_optimizer(model, lr, mapping_lr, weight_decay):
+    """AdamW with PyTorch's defaults (paper D: "default parameter values"), and a learning rate of
+    its own for the mapping network (paper 4.1: ten times smaller)."""
     mapping = list(model.mapping.parameters())
     rest = [p for name, p in model.named_parameters() if not name.startswith("mapping.")]
-    groups = [dict(params=rest, lr=lr, initial=lr), dict(params=mapping, lr=lr / 10, initial=lr / 10)]
+    groups = [dict(params=rest, lr=lr, initial=lr),
+              dict(params=mapping, lr=mapping_lr, initial=mapping_lr)]
     return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
+
+
+def learning_rate(step, steps, warmup):
+    """Factor of the learning rates: a linear warm-up, and cosine to 0 (paper silent on both)."""
+    return min(1, (step + 1) / max(1, warmup)) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def shares(start, steps, batch, rank, world, accumulate):
@@ -288,8 +296,8 @@ def check_arguments(a, world):
     for name in ("frames", "steps", "batch", "accumulate", "log_every", "save"):
         if getattr(a, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is 1 or more")
-    if a.seed < 0 or a.preview < 0:
-        raise UserError("--seed and --preview are 0 or more")
+    if min(a.seed, a.preview, a.warmup) < 0:
+        raise UserError("--seed, --preview and --warmup are 0 or more")
     if a.batch % (world * a.accumulate):
         raise UserError(f"--batch {a.batch} does not divide into {world} processes of {a.accumulate} parts; give a multiple of {world * a.accumulate}")
 
@@ -314,7 +322,11 @@ def arguments():
     ap.add_argument("--steps", type=int, default=1_000_000)
     ap.add_argument("--batch", type=int, default=16, help="rows a step, over all processes")
     ap.add_argument("--accumulate", type=int, default=1, help="parts in which a process works through its rows, to save memory")
-    ap.add_argument("--lr", type=float, default=6.4e-5, help="learning rate at the start, cosine to 0; a tenth for the mapping network")
+    ap.add_argument("--lr", type=float, default=6.4e-5, help="largest learning rate; cosine to 0")
+    ap.add_argument("--mapping-lr", type=float,
+                    help="the mapping network's (default: a tenth of --lr)")
+    ap.add_argument("--warmup", type=int, default=0, metavar="STEPS",
+                    help="linear warm-up of both learning rates")
     ap.add_argument("--weight-decay", type=float, default=0.01, help="PyTorch's default; DiT has 0")
     ap.add_argument("--lambda-ex", type=float, default=1.0, help="extra weight of lips and eyes")
     ap.add_argument("--drop", type=float, default=0.1, help="probability that a row loses scene and landmarks")
@@ -327,6 +339,7 @@ def arguments():
     ap.add_argument("--preview", type=int, default=2000, help="steps between pictures of held-out clips, RUN/preview-STEP.png; 0 for none")
     ap.add_argument("--seed", type=int, default=0)
     a = ap.parse_args()
+    a.mapping_lr = a.lr / 10 if a.mapping_lr is None else a.mapping_lr
     a.out = a.out or Path("runs") / f"{a.size.replace('/', '-')}-{a.frames}"
     return a
 
@@ -360,7 +373,7 @@ def main():
         for buffer in model.buffers():                                          # another processor may turn the components around
             dist.broadcast(buffer, 0)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = build_optimizer(model, a.lr, a.weight_decay)
+    optimizer = build_optimizer(model, a.lr, a.mapping_lr, a.weight_decay)
     a.out.mkdir(parents=True, exist_ok=True)
     recipe = {k: getattr(a, k) for k in RECIPE}
     start = load_state(a.out, model, ema, optimizer, recipe)
@@ -387,8 +400,8 @@ def main():
     meter, logged, log = Meter(device), (start, time.time()), open(a.out / "log.jsonl", "a") if rank == 0 else None
     bar = tqdm(range(start, a.steps), initial=start, total=a.steps, unit="step", dynamic_ncols=True, disable=rank > 0)
     for step in bar:
-        for group in optimizer.param_groups:                                    # cosine to 0, no warm-up (paper silent on both)
-            group["lr"] = group["initial"] * (1 + math.cos(math.pi * step / a.steps)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial"] * learning_rate(step, a.steps, a.warmup)
         drawn = draw(a.seed, step, shape, a.drop)
         optimizer.zero_grad(set_to_none=True)
         for k in range(a.accumulate):

@@ -116,12 +116,29 @@ def test_dropped_rows_do_not_see_their_conditions():
     assert before[0] == after[0] and before[1] != after[1]
 
 
-def test_mapping_learns_ten_times_slower():
+def test_mapping_learns_at_its_own_rate():
     model = random_sdit().requires_grad_(True)
-    rest, mapping = train.build_optimizer(model, 6.4e-5, 0.01).param_groups
-    assert rest["lr"] == 6.4e-5 and mapping["lr"] == pytest.approx(6.4e-6)
+    rest, mapping = train.build_optimizer(model, 6.4e-5, 6.4e-6, 0.01).param_groups
+    assert rest["lr"] == 6.4e-5 and mapping["lr"] == 6.4e-6
     assert sum(p.numel() for p in mapping["params"]) == sum(p.numel() for p in model.mapping.parameters())
     assert len(rest["params"]) + len(mapping["params"]) == len(list(model.parameters()))
+
+
+def test_learning_rates_warm_up_and_fall(cache, tmp_path, monkeypatch):
+    cosine = [train.learning_rate(step, 4, 0) for step in range(4)]
+    assert cosine == pytest.approx([1, 0.854, 0.5, 0.146], abs=1e-3)
+    ramp = [train.learning_rate(step, 10 ** 9, 4) for step in range(6)]
+    assert ramp == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+
+    built, build = [], train.build_optimizer
+    monkeypatch.setattr(train, "build_optimizer", lambda *a: built.append(build(*a)) or built[-1])
+    for settings, mapping_lr, warmup in (((), 1e-4, 0),
+                                         (("--mapping-lr", "7e-4", "--warmup", "8"), 7e-4, 8)):
+        run(cache, tmp_path / f"run{warmup}", monkeypatch, *settings)
+        rest, mapping = built[-1].param_groups
+        factor = train.learning_rate(3, 4, warmup)                              # the last of 4 steps
+        assert rest["lr"] == pytest.approx(1e-3 * factor)
+        assert mapping["lr"] == pytest.approx(mapping_lr * factor)
 
 
 @pytest.fixture
@@ -158,8 +175,8 @@ def test_resume_is_exact(cache, tmp_path, monkeypatch, capsys):
     model = sdit.load_model(tmp_path / "whole" / "model.safetensors")
     assert model.config.autoencoder_sha256 == "1" and len(model.config.scene_mean) == 128 and model.config.name == "demo"
     assert model.mapping.landmark_mean.std() > 0 and not torch.equal(model.mapping.landmark_basis, torch.eye(1434, 64))
-    for changed, value in (("frames", "3"), ("lr", "1e-4"), ("seed", "1")):
-        with pytest.raises(sdit.UserError, match=f"trained with another {changed}"):
+    for changed, value in (("frames", "3"), ("lr", "1e-4"), ("seed", "1"), ("mapping-lr", "1e-3"), ("warmup", "2"), ("prediction", "v")):
+        with pytest.raises(sdit.UserError, match=f"trained with another {changed.replace('-', '_')}"):
             run(cache, tmp_path / "parts", monkeypatch, f"--{changed}", value)
     state = torch.load(newest, weights_only=True)
     mean = state["recipe"]["scene_mean"]
@@ -243,7 +260,7 @@ def test_a_loss_that_is_not_finite_stops_before_saving(cache, tmp_path, monkeypa
     assert not list((tmp_path / "run").glob("*.pt")) and not (tmp_path / "run" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("wrong", [("--save", "0"), ("--frames", "0"), ("--seed", "-1"), ("--accumulate", "3")])
+@pytest.mark.parametrize("wrong", [("--save", "0"), ("--frames", "0"), ("--seed", "-1"), ("--warmup", "-1"), ("--accumulate", "3")])
 def test_what_could_only_fail_later_is_refused(wrong, cache, tmp_path, monkeypatch):
     with pytest.raises(sdit.UserError, match="or more|does not divide"):
         run(cache, tmp_path / "run", monkeypatch, *wrong)
