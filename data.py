@@ -690,8 +690,11 @@ class Rows(torch.utils.data.Dataset):
         return dict(latents=latents, landmarks=landmarks, mask=weight / 255, scene=scene)
 
     def statistics(self, clips=2000):
-        """Mean (478, 3) of the landmarks, the basis (1434, LANDMARK_COMPONENTS) that whitens them, and the mean scene vector (S,), over evenly
-        spread clips. The components are those of landmarks scaled to unit spread."""
+        """What `sdit.Mapping` normalises its signals by, over evenly spaced clips: buffers by name.
+
+        landmark_mean (478, 3); landmark_basis (1434, LANDMARK_COMPONENTS), which whitens them: the
+        principal components of landmarks scaled to unit standard deviation; scene_mean (S,), and
+        scene_gain, which brings scenes to the total variance of the whitened landmarks."""
         points, scenes = [], []
         for cache, (share, there) in enumerate(zip(self.shares, self.ranges)):
             for i in np.linspace(0, len(there) - 1, min(math.ceil(clips * share), len(there))).astype(int):
@@ -704,7 +707,15 @@ class Rows(torch.utils.data.Dataset):
         variance, axes = torch.linalg.eigh(scaled.T @ scaled / len(scaled))                         # ascending
         variance, axes = variance[-LANDMARK_COMPONENTS:].flip(0), axes[:, -LANDMARK_COMPONENTS:].flip(1)
         gain = variance.clamp_min(1e-3).rsqrt() * (variance > 1e-3)                                 # less is jitter, or no movement of so few frames
-        return mean.view(LANDMARKS, 3), axes * gain / spread[:, None], torch.cat(scenes).mean(0)
+
+        scenes = torch.cat(scenes)                                              # (clips x 2, S)
+        scene_mean = scenes.mean(0)
+        scene_variance = (scenes - scene_mean).square().sum(1).mean()           # total, over S
+        scene_gain = (LANDMARK_COMPONENTS / scene_variance.clamp_min(1e-2)).sqrt()
+
+        return dict(landmark_mean=mean.view(LANDMARKS, 3),
+                    landmark_basis=axes * gain / spread[:, None],
+                    scene_mean=scene_mean, scene_gain=scene_gain)
 
 
 def split_share(text):

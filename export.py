@@ -70,6 +70,7 @@ class Graph(nn.Module):
 
     outputs = ("output",)
     unpatchify = sdit.SDiT.unpatchify
+    predict_noise = sdit.SDiT.predict_noise
 
     def __init__(self, model, branches=2):
         super().__init__()
@@ -77,6 +78,11 @@ class Graph(nn.Module):
         self.x_embedder, self.t_embedder, self.blocks, self.final_layer = model.x_embedder, model.t_embedder, model.blocks, model.final_layer
         for name, value in dict(position=model.position, time_position=model.time_position, slots=torch.arange(model.config.frames)).items():
             self.register_buffer(name, value.to(model.position.device), persistent=False)
+        self.roots = model.roots.to(model.position)         # no buffer: float32 in half precision
+
+    def override(self, x, anchor):
+        """x (B, G, T, ...)."""
+        return torch.where((self.slots == anchor).view(-1, *[1] * (x.dim() - 3)), x[:1], x)
 
     def embed(self, latents, slots):
         """Tokens (B, G, T, N, D) of latents (B, T, C, H, W) in `slots` (T,)."""
@@ -118,21 +124,21 @@ class Graph(nn.Module):
         shift, scale = self.final_layer.adaLN_modulation(c).unsqueeze(1).chunk(2, -1)
         return self.final_layer.linear(norm(x) * (1 + scale) + shift)
 
-    def guide(self, output, guidance):
-        """Tokens (B, G, T, N, p * p * 2C) -> (B, T, 2C, H, W); with two branches guided, the learned sigma being the conditional one's."""
+    def guide(self, output, guidance, latents, timesteps):
+        """Tokens (B, G, T, N, p * p * 2C) -> (B, T, 2C, H, W).
+
+        Two branches are guided; the learned sigma is the conditional one's. `latents`, the graph's
+        input (B, T, C, H, W), come overridden where the graph overrides."""
         output = self.unpatchify(output.flatten(0, 1)).unflatten(0, (-1, self.branches))                  # (B, G, T, 2C, H, W)
         noise, v = output.split(self.config.latent_channels, 3)
         if self.branches == 2:
             noise = noise[:, 1:] + guidance * (noise[:, :1] - noise[:, 1:])
-        return torch.cat([noise[:, 0], v[:, 0]], 2)
+        output = torch.cat([noise[:, 0], v[:, 0]], 2)
+        return self.predict_noise(output, latents, timesteps).to(output.dtype)
 
 
 class Override(Graph):
     """The paper's rule: the anchor of every row is replaced by row 0's after the embedding and after every block (Eq. 3)."""
-
-    def override(self, x, anchor):
-        """x (B, G, T, ...)."""
-        return torch.where((self.slots == anchor).view(-1, *[1] * (x.dim() - 3)), x[:1], x)
 
     def forward(self, latents, timesteps, conditioning, anchor, guidance):
         """latents (B, T, C, H, W), timesteps (B,), conditioning (B, G, T, D), anchor and guidance scalars -> (B, T, 2C, H, W)."""
@@ -145,7 +151,8 @@ class Override(Graph):
         c = self.override(self.condition(timesteps, conditioning), anchor).flatten(0, 2)               # (BGT, D)
         for block in self.blocks:
             x = self.override(self.block(block, x.flatten(0, 2), c, attention).unflatten(0, (-1, G, T)), anchor)
-        return self.guide(self.final(x.flatten(0, 2), c).unflatten(0, (-1, G, T)), guidance)
+        x = self.final(x.flatten(0, 2), c).unflatten(0, (-1, G, T))
+        return self.guide(x, guidance, self.override(latents[:, None], anchor)[:, 0], timesteps)
 
 
 class Unanchored(Override):
@@ -184,7 +191,9 @@ class Packed(Graph):
         first = x[None, :G, None].expand(others.shape[0], -1, -1, -1, -1)
         # the anchor comes first now; back to the order of slots: the anchor is at 0, slots before it one later, those after it where they were
         place = torch.where(self.slots == anchor, 0, torch.where(self.slots < anchor, self.slots + 1, self.slots))
-        return self.guide(torch.cat([first, others], 2).index_select(2, place), guidance), torch.stack(kept)
+        x = torch.cat([first, others], 2).index_select(2, place)
+        latents = self.override(latents[:, None], anchor)[:, 0]
+        return self.guide(x, guidance, latents, timesteps), torch.stack(kept)
 
 
 class Rest(Graph):
@@ -196,7 +205,8 @@ class Rest(Graph):
         c = self.condition(timesteps, conditioning).flatten(0, 2)
         for block, kv in zip(self.blocks, anchor_kv.unbind(0)):
             x = self.block(block, x, c, lambda qkv: self.read(qkv, kv))
-        return self.guide(self.final(x, c).unflatten(0, (-1, self.branches, self.config.frames - 1)), guidance)
+        x = self.final(x, c).unflatten(0, (-1, self.branches, self.config.frames - 1))
+        return self.guide(x, guidance, latents, timesteps)
 
 
 FORMS = dict(unanchored=Unanchored, override=Override, packed=Packed, rest=Rest)

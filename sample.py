@@ -197,8 +197,8 @@ def guided(outputs, guidance):
 
 
 def run_model(function, x, t, c, *rest):
-    """`function`, of the model, in the model's precision, on latents x that may be finer; its output is like x."""
-    output = function(x.to(c.dtype), torch.full((len(x),), t, device=x.device), c, *rest)
+    """`function`, of the model, whatever its precision, on latents x; its output is like x."""
+    output = function(x, torch.full((len(x),), t, device=x.device), c, *rest)
     return (output[0].to(x.dtype), output[1]) if isinstance(output, tuple) else output.to(x.dtype)
 
 

@@ -72,7 +72,12 @@ class SDiTConfig:
     autoencoder_sha256: str = ""
     clip: str = ""
     clip_sha256: str = ""
+    prediction: str = "epsilon"                    # or "v", see `SDiT.predict_noise`
     scene_mean: list = dataclasses.field(default_factory=list)  # mean scene vector of the training set (S numbers): tells train.py its data
+
+    def __post_init__(self):
+        if self.prediction not in ("epsilon", "v"):
+            raise UserError(f"no prediction {self.prediction!r}; choose epsilon or v")
 
     @property
     def tokens(self):
@@ -144,7 +149,15 @@ class Attention(nn.Module):
         banked = None if bank_slot is None else torch.stack([z[:1, :, bank_slot * N:(bank_slot + 1) * N] for z in (k, v)])
         if anchor_kv is not None:                                               # (B, heads, TN + N, d); the order of keys is of no importance
             k, v = (torch.cat([own, shared.expand(B, -1, -1, -1)], 2) for own, shared in zip((k, v), anchor_kv))
-        x = F.scaled_dot_product_attention(q, k, v)                            # (B, heads, TN, d)
+
+        # training on a CPU: the fused kernel's backward pass is slower there than plain products
+        if q.requires_grad and q.device.type == "cpu" and q.dtype is torch.bfloat16:
+            with torch.autocast("cpu", enabled=False):                          # softmax in bfloat16
+                scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)        # (B, heads, TN, TN)
+                x = scores.softmax(-1) @ v                                      # (B, heads, TN, d)
+        else:
+            x = F.scaled_dot_product_attention(q, k, v)                         # (B, heads, TN, d)
+
         return self.proj(x.transpose(1, 2).reshape(B, T, N, D)), banked
 
 
@@ -225,39 +238,51 @@ class Mapping(nn.Module):
     into the conditioning C_t of every frame. Four residual blocks (paper 4.1). The paper is silent on fusion, width and
     activation; we concatenate, at the transformer's width, pre-norm, GELU.
 
-    The landmarks come in whitened: LANDMARK_COMPONENTS principal components over the training set, each of unit variance, or 0 if it
-    hardly varies there (buffers that train.py fills, and the model file keeps). Eyelids and gaze move the numbers a hundred
-    times less than the head does; merely scaled to unit spread, they were not learned by the demo, the less as this network learns ten times
-    slower than the rest (paper 4.1). The scene, a unit vector, is multiplied by SCENE_GAIN sqrt(S): each of its numbers is
-    then some three times as large as one of the landmarks'. The null vectors stand for whitened and multiplied ones."""
-
-    SCENE_GAIN = 3                                 # in short trainings of the demo the scene was used sooner than at 1 or 6 (landmarks at unit spread)
+    Both signals come in normalised by statistics of the training set: buffers that train.py fills
+    and the model file keeps. The landmarks are whitened: LANDMARK_COMPONENTS principal components,
+    each of unit variance, or 0 if it hardly varies there; eyelids and gaze would else be drowned by
+    the head's movements. The scene is centred, since CLIP vectors of faces are all alike, and
+    scaled to the same total variance. The null vectors stand for normalised signals."""
 
     def __init__(self, width, scene_width, blocks=4):
         super().__init__()
         self.null_scene = nn.Parameter(torch.zeros(scene_width))
         self.null_landmarks = nn.Parameter(torch.zeros(LANDMARK_COMPONENTS))
-        self.register_buffer("landmark_mean", torch.zeros(LANDMARKS, 3))
-        self.register_buffer("landmark_basis", torch.eye(3 * LANDMARKS, LANDMARK_COMPONENTS))
         self.input = nn.Linear(scene_width + LANDMARK_COMPONENTS, width)
         self.blocks = nn.Sequential(*[ResidualMLP(width) for _ in range(blocks)])
+
+        self.register_buffer("landmark_mean", torch.zeros(LANDMARKS, 3))
+        self.register_buffer("landmark_basis", torch.eye(3 * LANDMARKS, LANDMARK_COMPONENTS))
+        self.register_buffer("scene_mean", torch.zeros(scene_width))
+        self.register_buffer("scene_gain", torch.tensor(LANDMARK_COMPONENTS ** 0.5))
+
+        # At the start C_t's entries vary by about 1, those of t's embedding by this: two layers of
+        # standard deviation 0.02, SiLU's slope of 1/2, and the 96 of its 128 waves that turn.
+        self.register_buffer("output_gain", torch.tensor(0.02 ** 2 / 2 * math.sqrt(96 * width)))
 
     def forward(self, scene=None, landmarks=None, drop=None):
         """scene (B, S), landmarks (B, T, 478, 3), either or both None; `drop` (B,) bool marks rows that lose both.
 
         Returns the conditioning (B, T, D); where the landmarks are None, T is 1, and where both are, B is 1 too."""
-        scene = self.null_scene[None] if scene is None else scene * (self.SCENE_GAIN * self.null_scene.numel() ** 0.5)
+        if scene is None:
+            scene = self.null_scene[None]
+        else:
+            scene = (scene - self.scene_mean) * self.scene_gain                 # (B, S)
+
         if landmarks is None:
             landmarks = self.null_landmarks[None, None]
         else:
             with torch.autocast(landmarks.device.type, enabled=False):          # bfloat16 would round small movements away
                 landmarks = (landmarks - self.landmark_mean).flatten(2) @ self.landmark_basis  # (B, T, LANDMARK_COMPONENTS)
+
         if drop is not None:
             scene = torch.where(drop[:, None], self.null_scene, scene)
             landmarks = torch.where(drop[:, None, None], self.null_landmarks, landmarks)
+
         B, T = max(len(scene), len(landmarks)), landmarks.shape[1]
         scene, landmarks = scene[:, None].expand(B, T, -1), landmarks.expand(B, T, -1)
-        return self.blocks(self.input(torch.cat([scene, landmarks], -1)))       # (B, T, D)
+        mixed = self.input(torch.cat([scene, landmarks], -1))                   # (B, T, D)
+        return self.blocks(mixed) * self.output_gain
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -285,6 +310,10 @@ class SDiT(nn.Module):
         position = spatial_encoding(D, config.latent_size // config.patch)
         self.register_buffer("position", position, persistent=False)                                       # (N, D)
         self.register_buffer("time_position", sinusoid(D, torch.arange(config.frames)), persistent=False)  # (T, D)
+
+        # square roots of alpha_bar and 1 - alpha_bar, (2, 1000); no buffer: `to` would round it
+        alpha_bar = NoiseSchedule().alpha_bar
+        self.roots = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()])
         self.initialise()
 
     def initialise(self):
@@ -311,13 +340,27 @@ class SDiT(nn.Module):
         The temporal encoding (paper 3.1: TPE_1 ... TPE_T) is that of the slot, added here, at the input: the paper does
         not say where, and leaves real time to the conditioning."""
         position = self.position[None] + self.time_position[list(slots)][:, None]                  # (T, N, D)
-        return self.x_embedder(latents) + position
+        return self.x_embedder(latents.to(position.dtype)) + position
 
     def unpatchify(self, x):
         """(B, T, N, p * p * 2C) -> (B, T, 2C, H, W)."""
         p, side = self.config.patch, self.config.latent_size // self.config.patch
         x = x.unflatten(2, (side, side)).unflatten(4, (p, p, -1))               # (B, T, h, w, p, p, 2C)
         return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+    def predict_noise(self, output, latents, timesteps):
+        """The noise, then the learned sigma, that the network's output (B, T, 2C, H, W) stands for.
+
+        The paper's network predicts the noise, as DiT does. With v (Salimans and Ho 2022) it need
+        not copy x_t exactly at large t: x_t comes in here, in float32 whatever the precision."""
+        if self.config.prediction == "epsilon":
+            return output
+
+        dtype = torch.promote_types(output.dtype, torch.float32)
+        roots = self.roots.to(latents.device, dtype).index_select(1, timesteps) # (2, B)
+        signal, noise = roots.view(2, -1, 1, 1, 1, 1).unbind(0)                 # (B, 1, 1, 1, 1)
+        v, sigma = output.to(dtype).chunk(2, 2)                                 # (B, T, C, H, W)
+        return torch.cat([noise * latents.to(dtype) + signal * v, sigma], 2)
 
     def forward(self, latents, timesteps, conditioning, anchor=None):
         """One denoising evaluation, and the definition of anchoring.
@@ -327,12 +370,14 @@ class SDiT(nn.Module):
         embedding and after every block (Eq. 3; 3.2: "in all layers throughout the model architecture").
         Returns (B, T, 2C, H, W): the noise, then v in about -1..1, the learned sigma: trained by `train.variational_bound`
         (see `NoiseSchedule.log_variance`), read in sampling by `sample.ddpm` alone."""
+        latents = override(latents, anchor)                                     # (B, T, C, H, W)
+
         # timestep and conditioning are added, as DiT adds its class (the paper does not say how they meet)
         c = override(self.t_embedder(timesteps)[:, None] + conditioning, anchor)       # (B, T, D)
         x = override(self.embed(latents, range(latents.shape[1])), anchor)             # (B, T, N, D)
         for block in self.blocks:
             x = override(block(x, c)[0], anchor)
-        return self.unpatchify(self.final_layer(x, c))
+        return self.predict_noise(self.unpatchify(self.final_layer(x, c)), latents, timesteps)
 
     def forward_first(self, latents, timesteps, conditioning, anchor):
         """`forward` of row 0 alone, (1, T, ...): what it makes of its anchor is what all rows read.
@@ -355,7 +400,8 @@ class SDiT(nn.Module):
         for i, block in enumerate(self.blocks):
             x, kv = block(x, c, bank_slot, None if anchor_kv is None else anchor_kv[i])
             bank.append(kv)
-        return self.unpatchify(self.final_layer(x, c)), None if bank_slot is None else torch.stack(bank)
+        output = self.predict_noise(self.unpatchify(self.final_layer(x, c)), latents, timesteps)
+        return output, None if bank_slot is None else torch.stack(bank)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -368,9 +414,9 @@ class NoiseSchedule:
     steps = 1000
 
     def __init__(self, device="cpu"):
-        self.beta = torch.linspace(1e-4, 0.02, self.steps, dtype=torch.float64)
+        self.beta = torch.linspace(1e-4, 0.02, self.steps, dtype=torch.float64, device="cpu")
         self.alpha_bar = torch.cumprod(1 - self.beta, 0)
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
+        previous = torch.cat([self.alpha_bar.new_ones(1), self.alpha_bar[:-1]])
         # q(x_{t-1} | x_t, x_0) = N(mean_x0 * x_0 + mean_xt * x_t, posterior_variance): DDPM, Eq. 6 and 7
         self.posterior_variance = self.beta * (1 - previous) / (1 - self.alpha_bar)
         self.mean_x0 = self.beta * previous.sqrt() / (1 - self.alpha_bar)
@@ -604,7 +650,8 @@ def save_model(path, model, dtype=torch.float32):
 
 def _load(path, device, network, config_class):
     tensors, config = read_tensors(path)
-    if set(config) != {f.name for f in dataclasses.fields(config_class)}:
+    fields = {f.name for f in dataclasses.fields(config_class)}
+    if set(config) | fields & {"prediction"} != fields:                     # older files lack it
         raise UserError(f"{path} is not a file of the {network.__name__}: its metadata does not hold that network's configuration"
                         + "; of a training run, give model.safetensors" * (Path(path).suffix == ".pt"))
     return fill(network(config_class(**config)), tensors, path).to(device).eval().requires_grad_(False)
@@ -649,6 +696,10 @@ def init_weights(model, path):
     (DiT-XL-2-256x256.pt): those are the transformer's weights; the mapping network, which DiT lacks, starts from scratch, and
     DiT's class embedding is left out."""
     tensors, config = read_tensors(path)
+    prediction = config.get("prediction", "epsilon")
+    if prediction != model.config.prediction:
+        raise UserError(f"{path} predicts {prediction}; give --prediction {prediction}")
+
     if not config:
         tensors = {k: v for k, v in tensors.items() if k not in ("pos_embed", "y_embedder.embedding_table.weight")}
         tensors |= {k: v for k, v in model.state_dict().items() if k.startswith("mapping.")}

@@ -72,7 +72,13 @@ def diffusion_loss(model, schedule, batch, t, noise, drop, lambda_ex=1.0):
     xt = schedule.add_noise(x0, noise, t)
     output = model(xt, t, model.mapping(batch["scene"], batch["landmarks"], drop)).float()
     predicted, v = output.chunk(2, dim=2)                                        # (B, T, C, H, W) each
-    error = (expressive_weight(batch["mask"], lambda_ex) * (predicted - noise) ** 2).flatten(1).mean(1)
+
+    weight = expressive_weight(batch["mask"], lambda_ex)                        # (B, T, 1, H, W)
+    error = (weight * (predicted - noise) ** 2).flatten(1).mean(1)              # (B,)
+    if model.config.prediction == "v":
+        # epsilon's error is sqrt(alpha_bar) times v's: this is the squared error of v
+        error = error / schedule.at(schedule.alpha_bar, t, error)
+
     return error, variational_bound(schedule, x0, xt, predicted.detach(), v, t)
 
 
@@ -101,7 +107,8 @@ def draw(seed, step, shape, p_drop):
 
 # What a run is, with the model's configuration; a state of another recipe, or of a cache with another mean scene, is refused. The other
 # arguments, the number of processes and the machine may change between sessions (name --precision where its default would change with it).
-RECIPE = ("steps", "batch", "lr", "weight_decay", "lambda_ex", "drop", "ema", "precision", "seed")
+RECIPE = ("steps", "batch", "lr", "mapping_lr", "warmup", "weight_decay", "lambda_ex", "drop",
+          "ema", "precision", "seed")
 
 
 def save_state(out, step, model, ema, optimizer, recipe):
@@ -219,24 +226,35 @@ def join():
     return rank, world, device
 
 
-def build_model(rows, size, frames):
-    """An untrained SDiT for a cache: it takes over the cache's latent shape, names of the frozen models, and statistics. (With --init from a
-    model of ours the landmarks' statistics are that model's, which its weights have learned to read.)"""
-    mean, basis, scene_mean = rows.statistics()
-    passed = {k: rows.about[k] for k in ("latent_channels", "latent_size", "scene_width", "autoencoder", "autoencoder_sha256",
-                                         "clip", "clip_sha256")}
-    model = sdit.SDiT(sdit.make_config(size, frames, scene_mean=[round(x, 5) for x in scene_mean.tolist()], **passed))
-    model.mapping.landmark_mean.copy_(mean)
-    model.mapping.landmark_basis.copy_(basis)
+def build_model(rows, size, frames, prediction="epsilon"):
+    """An untrained SDiT for a cache: it takes over the cache's latent shape, names of the frozen
+    models, and statistics. (--init from a model of ours then brings that model's statistics, which
+    its weights have learned to read.)"""
+    passed = ("latent_channels", "latent_size", "scene_width", "autoencoder", "autoencoder_sha256",
+              "clip", "clip_sha256")
+    statistics = rows.statistics()
+    scene_mean = [round(x, 5) for x in statistics["scene_mean"].tolist()]
+    config = sdit.make_config(size, frames, prediction=prediction, scene_mean=scene_mean,
+                              **{k: rows.about[k] for k in passed})
+    model = sdit.SDiT(config)
+    for name, value in statistics.items():
+        getattr(model.mapping, name).copy_(value)
     return model
 
 
-def build_optimizer(model, lr, weight_decay):
-    """AdamW with PyTorch's defaults (paper D: "default parameter values"), the mapping network ten times slower (paper 4.1)."""
+def build_optimizer(model, lr, mapping_lr, weight_decay):
+    """AdamW with PyTorch's defaults (paper D: "default parameter values"), and a learning rate of
+    its own for the mapping network (paper 4.1: ten times smaller)."""
     mapping = list(model.mapping.parameters())
     rest = [p for name, p in model.named_parameters() if not name.startswith("mapping.")]
-    groups = [dict(params=rest, lr=lr, initial=lr), dict(params=mapping, lr=lr / 10, initial=lr / 10)]
+    groups = [dict(params=rest, lr=lr, initial=lr),
+              dict(params=mapping, lr=mapping_lr, initial=mapping_lr)]
     return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
+
+
+def learning_rate(step, steps, warmup):
+    """Factor of the learning rates: a linear warm-up, and cosine to 0 (paper silent on both)."""
+    return min(1, (step + 1) / max(1, warmup)) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def shares(start, steps, batch, rank, world, accumulate):
@@ -278,8 +296,8 @@ def check_arguments(a, world):
     for name in ("frames", "steps", "batch", "accumulate", "log_every", "save"):
         if getattr(a, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is 1 or more")
-    if a.seed < 0 or a.preview < 0:
-        raise UserError("--seed and --preview are 0 or more")
+    if min(a.seed, a.preview, a.warmup) < 0:
+        raise UserError("--seed, --preview and --warmup are 0 or more")
     if a.batch % (world * a.accumulate):
         raise UserError(f"--batch {a.batch} does not divide into {world} processes of {a.accumulate} parts; give a multiple of {world * a.accumulate}")
 
@@ -299,10 +317,16 @@ def arguments():
     ap.add_argument("--data", nargs="+", default=["cache"], metavar="CACHE[:SHARE]", help="caches made by data.py; several with shares, as in a:0.9 b:0.1")
     ap.add_argument("--out", type=Path, help="folder of the run (default: runs/SIZE-FRAMES)")
     ap.add_argument("--init", type=Path, help="start from these weights: a model file of train.py, or DiT-XL-2-256x256.pt")
+    ap.add_argument("--prediction", choices=("epsilon", "v"), default="epsilon",
+                    help="what the network predicts; v learns faster in short trainings")
     ap.add_argument("--steps", type=int, default=1_000_000)
     ap.add_argument("--batch", type=int, default=16, help="rows a step, over all processes")
     ap.add_argument("--accumulate", type=int, default=1, help="parts in which a process works through its rows, to save memory")
-    ap.add_argument("--lr", type=float, default=6.4e-5, help="learning rate at the start, cosine to 0; a tenth for the mapping network")
+    ap.add_argument("--lr", type=float, default=6.4e-5, help="largest learning rate; cosine to 0")
+    ap.add_argument("--mapping-lr", type=float,
+                    help="the mapping network's (default: a tenth of --lr)")
+    ap.add_argument("--warmup", type=int, default=0, metavar="STEPS",
+                    help="linear warm-up of both learning rates")
     ap.add_argument("--weight-decay", type=float, default=0.01, help="PyTorch's default; DiT has 0")
     ap.add_argument("--lambda-ex", type=float, default=1.0, help="extra weight of lips and eyes")
     ap.add_argument("--drop", type=float, default=0.1, help="probability that a row loses scene and landmarks")
@@ -315,12 +339,15 @@ def arguments():
     ap.add_argument("--preview", type=int, default=2000, help="steps between pictures of held-out clips, RUN/preview-STEP.png; 0 for none")
     ap.add_argument("--seed", type=int, default=0)
     a = ap.parse_args()
+    a.mapping_lr = a.lr / 10 if a.mapping_lr is None else a.mapping_lr
     a.out = a.out or Path("runs") / f"{a.size.replace('/', '-')}-{a.frames}"
     return a
 
 
 def report(log, bar, entry):
-    """One log line: the bar's text and the same as JSON in RUN/log.jsonl. mse: of the noise, weighted as in the loss, whole and by quarters of t."""
+    """One log line: the bar's text, and the same as JSON in RUN/log.jsonl.
+
+    mse: of what is predicted, weighted as in the loss, of all t and by quarters of t."""
     log.write(json.dumps(entry) + "\n")
     log.flush()
     e, left = entry, time.strftime("%H:%M:%S", time.gmtime(entry["eta_s"] % 86400))
@@ -338,7 +365,7 @@ def main():
     dtype = torch.bfloat16 if a.precision == "bf16" else torch.float32
     rows = data.Rows(a.data, a.frames, a.seed)
     torch.manual_seed(a.seed)
-    model = build_model(rows, a.size, a.frames)
+    model = build_model(rows, a.size, a.frames, a.prediction)
     if a.init and not list(a.out.glob("state-*.pt")):
         sdit.init_weights(model, a.init)
     model.to(device)
@@ -346,7 +373,7 @@ def main():
         for buffer in model.buffers():                                          # another processor may turn the components around
             dist.broadcast(buffer, 0)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = build_optimizer(model, a.lr, a.weight_decay)
+    optimizer = build_optimizer(model, a.lr, a.mapping_lr, a.weight_decay)
     a.out.mkdir(parents=True, exist_ok=True)
     recipe = {k: getattr(a, k) for k in RECIPE}
     start = load_state(a.out, model, ema, optimizer, recipe)
@@ -373,8 +400,8 @@ def main():
     meter, logged, log = Meter(device), (start, time.time()), open(a.out / "log.jsonl", "a") if rank == 0 else None
     bar = tqdm(range(start, a.steps), initial=start, total=a.steps, unit="step", dynamic_ncols=True, disable=rank > 0)
     for step in bar:
-        for group in optimizer.param_groups:                                    # cosine to 0, no warm-up (paper silent on both)
-            group["lr"] = group["initial"] * (1 + math.cos(math.pi * step / a.steps)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial"] * learning_rate(step, a.steps, a.warmup)
         drawn = draw(a.seed, step, shape, a.drop)
         optimizer.zero_grad(set_to_none=True)
         for k in range(a.accumulate):

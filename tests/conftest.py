@@ -16,11 +16,11 @@ import sdit
 import world
 
 
-def random_sdit(frames=4, depth=2, dtype=torch.float32, seed=0):
+def random_sdit(frames=4, depth=2, dtype=torch.float32, seed=0, prediction="epsilon"):
     """A small SDiT whose every layer does something: adaLN-Zero's zeros are replaced by random weights."""
     torch.manual_seed(seed)
     model = sdit.SDiT(sdit.SDiTConfig(name="test", depth=depth, width=32, heads=4, patch=2, frames=frames, latent_channels=4,
-                                      latent_size=8, scene_width=16))
+                                      latent_size=8, scene_width=16, prediction=prediction))
     for m in (*model.blocks, model.final_layer):
         torch.nn.init.normal_(m.adaLN_modulation[1].weight, std=0.2)
         torch.nn.init.normal_(m.adaLN_modulation[1].bias, std=0.2)

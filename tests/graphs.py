@@ -8,13 +8,15 @@ import export
 import sdit
 
 CPU = torch.device("cpu")
+both_predictions = pytest.mark.parametrize("small_model", ["epsilon", "v"], indirect=True)
 
 
 @pytest.fixture(scope="session")
-def small_model():
-    """2 blocks, 64 wide, no weight zero."""
+def small_model(request):
+    """2 blocks, 64 wide, no weight zero. It predicts the noise, or what a test asks for."""
     torch.manual_seed(0)
-    small = sdit.SDiT(sdit.SDiTConfig(name="small", depth=2, width=64, heads=4, patch=2, frames=4, latent_channels=4, latent_size=8, scene_width=16))
+    small = sdit.SDiT(sdit.SDiTConfig(name="small", depth=2, width=64, heads=4, patch=2, frames=4, latent_channels=4, latent_size=8, scene_width=16,
+                                      prediction=getattr(request, "param", "epsilon")))
     for m in (*small.blocks, small.final_layer):
         torch.nn.init.normal_(m.adaLN_modulation[1].weight, std=0.2)
         torch.nn.init.normal_(m.adaLN_modulation[1].bias, std=0.2)
@@ -23,15 +25,16 @@ def small_model():
 
 
 @pytest.fixture(scope="session")
-def onnx_graph(small_model, tmp_path_factory):
-    """(form, precision) -> path, written once."""
+def onnx_graph(tmp_path_factory):
+    """(small_model, form, precision) -> path, written once."""
     paths = {}
 
-    def write(form, precision):
-        if (form, precision) not in paths:
-            folder = tmp_path_factory.mktemp(f"{form}-{precision}")
-            paths[form, precision] = export.write_onnx(export.build_graph(small_model, form, precision), form, folder)
-        return paths[form, precision]
+    def write(model, form, precision):
+        key = model.config.prediction, form, precision
+        if key not in paths:
+            folder = tmp_path_factory.mktemp("-".join(key))
+            paths[key] = export.write_onnx(export.build_graph(model, form, precision), form, folder)
+        return paths[key]
     return write
 
 

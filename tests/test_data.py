@@ -267,34 +267,39 @@ def test_cache_rows(tmp_path):
         assert {clip_of(r) for r in epoch} == {1, 2, 3, 4}
     again = data.Rows(tmp_path, 8, seed=1)[5]
     assert all(torch.equal(again[k], seen[5][k]) for k in again)                # a function of (seed, n) alone
-    mean, basis, scene = rows.statistics()
-    assert mean.shape == (478, 3) and basis.shape == (1434, 64) and scene.shape == (16,)
+    statistics = rows.statistics()
+    assert {k: tuple(v.shape) for k, v in statistics.items()} == dict(landmark_mean=(478, 3), landmark_basis=(1434, 64),
+                                                                      scene_mean=(16,), scene_gain=())
     with pytest.raises(sdit.UserError, match="no cache in"):
         data.Rows(tmp_path / "none", 8)
     with pytest.raises(sdit.UserError, match="no clip in"):
         data.Rows(tmp_path, 11)
 
 
-def test_landmarks_are_whitened(tmp_path):
-    """Three movements, the least a hundred times smaller than the first: three components of unit variance, uncorrelated; then nothing."""
+def test_signals_are_normalised(tmp_path):
+    """Three movements, the least a hundred times smaller than the first: three components of unit variance, uncorrelated; then nothing.
+    Scenes that are nearly alike: mean 0, and the total variance of 64 whitened components."""
     rng, writer = np.random.default_rng(0), data.CacheWriter(tmp_path)
     moves = rng.normal(size=(3, 478, 3)) * np.array([0.1, 0.01, 0.001])[:, None, None]
     amounts = rng.normal(size=(20, 12, 3))
+    scenes = (1 + 0.5 * rng.normal(size=(20, 2, 16))).astype(np.float16)
     for number, amount in enumerate(amounts):
         landmarks = 0.5 + np.tensordot(amount, moves, 1)                        # (12, 478, 3)
-        writer.add(record(12, number) | dict(landmarks=landmarks.astype(np.float16)), dict(file=str(number), frames=12))
+        writer.add(record(12, number) | dict(landmarks=landmarks.astype(np.float16), scene=scenes[number]), dict(file=str(number), frames=12))
     writer.flush()
     data.finish_cache(tmp_path, dict(size=32))
-    mean, basis, _ = data.Rows(tmp_path, 8).statistics()
-    mapping = sdit.Mapping(32, 16)
-    mapping.landmark_mean.copy_(mean)
-    mapping.landmark_basis.copy_(basis)
-    seen = []
-    mapping.input.register_forward_pre_hook(lambda _, x: seen.append(x[0][0, :, 16:]))
+    mapping, seen = sdit.Mapping(32, 16), []
+    for name, value in data.Rows(tmp_path, 8).statistics().items():
+        getattr(mapping, name).copy_(value)
+    mapping.input.register_forward_pre_hook(lambda _, x: seen.append(x[0][0, :, 16:] if not seen else x[0][:, 0, :16]))
     mapping(None, 0.5 + torch.from_numpy(np.tensordot(amounts[:, ::4].reshape(1, -1, 3), moves, 1)).float())
     covariance = seen[0].T @ seen[0] / len(seen[0])
     torch.testing.assert_close(covariance[:3, :3], torch.eye(3), atol=0.05, rtol=0)
     assert covariance[3:, 3:].abs().max() < 0.2                                 # rounding to float16
+
+    mapping(torch.from_numpy(scenes).flatten(0, 1).float())
+    torch.testing.assert_close(seen[1].mean(0), torch.zeros(16), atol=1e-3, rtol=0)
+    torch.testing.assert_close(seen[1].square().sum(1).mean(), torch.tensor(64.0))
 
 
 def test_caches_mix_in_shares(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from graphs import CPU, cases, runner
+from graphs import CPU, both_predictions, cases, runner
 
 import data
 import export
@@ -17,10 +17,11 @@ import sdit
 from sdit import UserError
 
 
+@both_predictions
 @pytest.mark.parametrize("kind", ["onnx", "torchscript"])
 @pytest.mark.parametrize("form", ["override", "packed", "rest"])
 def test_float32_graphs_equal_the_model(small_model, onnx_graph, tmp_path, form, kind):
-    path = onnx_graph(form, "fp32") if kind == "onnx" else export.write_torchscript(export.build_graph(small_model, form), form, tmp_path)
+    path = onnx_graph(small_model, form, "fp32") if kind == "onnx" else export.write_torchscript(export.build_graph(small_model, form), form, tmp_path)
     run = runner(small_model, kind, path, form)
     for inputs in cases(small_model, form):
         for result, expected in zip(run(inputs), export.reference(small_model, form, inputs), strict=True):
@@ -29,6 +30,7 @@ def test_float32_graphs_equal_the_model(small_model, onnx_graph, tmp_path, form,
             assert export.relative_error(result, expected) <= 1e-5
 
 
+@both_predictions
 @pytest.mark.parametrize("branches", [1, 2])
 @pytest.mark.parametrize("form", list(export.FORMS))
 def test_graphs_in_float64(small_model, form, branches):
@@ -41,8 +43,9 @@ def test_graphs_in_float64(small_model, form, branches):
             assert export.relative_error(result, expected) < 1e-12
 
 
+@both_predictions
 def test_packed_equals_override(small_model, onnx_graph):
-    packed, override = (runner(small_model, "onnx", onnx_graph(form, "fp32"), form) for form in ("packed", "override"))
+    packed, override = (runner(small_model, "onnx", onnx_graph(small_model, form, "fp32"), form) for form in ("packed", "override"))
     for inputs in cases(small_model, "packed"):
         assert export.relative_error(packed(inputs)[0], override(inputs)[0]) <= 1e-5
 
@@ -50,7 +53,7 @@ def test_packed_equals_override(small_model, onnx_graph):
 def test_a_missing_override_would_be_seen(small_model, onnx_graph):
     unanchored = export.build_graph(small_model, "unanchored")
     for form in ("override", "packed"):
-        run = runner(small_model, "onnx", onnx_graph(form, "fp32"), form)
+        run = runner(small_model, "onnx", onnx_graph(small_model, form, "fp32"), form)
         for inputs in cases(small_model, form):
             if len(inputs["latents"]) > 1:
                 assert export.relative_error(export.run_module(unanchored, torch.float32, inputs)[0], run(inputs)[0]) > 1e-2
@@ -67,9 +70,10 @@ def test_branches_read_their_own_anchor(small_model):
         assert export.relative_error(base + 2.0 * (noise - base), expected) > 1e-2
 
 
+@both_predictions
 def test_row_0_decides_for_all_rows_and_they_share_the_anchor(small_model, onnx_graph):
     for form in ("override", "packed"):
-        run = runner(small_model, "onnx", onnx_graph(form, "fp32"), form)
+        run = runner(small_model, "onnx", onnx_graph(small_model, form, "fp32"), form)
         inputs = export.example(small_model.config, form, 5, anchor=2)
         result = run(inputs)[0]
         assert all(torch.equal(row[2], result[0, 2]) for row in result)

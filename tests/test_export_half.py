@@ -2,7 +2,7 @@
 import onnx
 import pytest
 import torch
-from graphs import cases, runner
+from graphs import both_predictions, cases, runner
 
 import export
 
@@ -12,13 +12,15 @@ TENSORRT_OPERATORS = set("""Add And Cast Concat Cos Div Equal Exp Expand Gather 
     MatMul Mul Neg Pow Reshape Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where""".split())
 
 
+@both_predictions
 @pytest.mark.parametrize("form", ["override", "packed", "rest"])
 def test_half_precision(small_model, onnx_graph, tmp_path, form):
     for precision in ("fp16", "bf16"):
-        path = onnx_graph(form, precision)
+        path = onnx_graph(small_model, form, precision)
         inputs_of = {v.name: v.type.tensor_type.elem_type for v in onnx.load(path, load_external_data=False).graph.input}
         assert inputs_of["latents"] == dict(fp16=onnx.TensorProto.FLOAT16, bf16=onnx.TensorProto.BFLOAT16)[precision]
         module = export.build_graph(small_model, form, precision)
+        assert module.roots.dtype == torch.float32                              # at large t, half precision would lose the clean latents
         if precision == "bf16":
             path = export.upcast(path, tmp_path)
         run = runner(small_model, "onnx", path, form, "fp16" if precision == "fp16" else "fp32")
@@ -32,10 +34,11 @@ def test_half_precision(small_model, onnx_graph, tmp_path, form):
     assert export.build_graph(small_model, form).position.dtype == torch.float32      # the small_model itself is as before
 
 
+@both_predictions
 @pytest.mark.parametrize("precision", list(export.PRECISIONS))
 @pytest.mark.parametrize("form", ["override", "packed", "rest"])
 def test_structure(small_model, onnx_graph, form, precision):
-    proto = onnx.load(onnx_graph(form, precision), load_external_data=False)
+    proto = onnx.load(onnx_graph(small_model, form, precision), load_external_data=False)
     operators = [node.op_type for node in proto.graph.node]
     assert set(operators) <= TENSORRT_OPERATORS
     assert operators.count("Softmax") == small_model.config.depth * (2 if form == "packed" else 1)    # attentions

@@ -115,10 +115,11 @@ def oracle_of(model, conditions, settings):
     return made[torch.from_numpy(keep)][torch.from_numpy(rows[keep]).argsort()]
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
 @pytest.mark.parametrize("T,B,anchor", [(4, 5, 2), (8, 3, 4), (2, 3, 1), (4, 1, 2)])
-def test_anchored_equals_the_oracle(T, B, anchor):
+def test_anchored_equals_the_oracle(T, B, anchor, prediction):
     """The bank, rows in chunks and in reverse order, against the plain override of all rows in one batch, float64."""
-    model, settings = random_sdit(frames=T, depth=3, dtype=torch.float64), sample.Settings(6)
+    model, settings = random_sdit(frames=T, depth=3, dtype=torch.float64, prediction=prediction), sample.Settings(6)
     x, c, frames = torch.randn(B, T, 4, 8, 8).double(), torch.randn(B, T, 32).double(), np.zeros((B, T), int)
     oracle = sample.sample_plain(model, x, frames, [c], settings, anchor)
     own = [s for s in range(T) if s != anchor]
@@ -135,12 +136,12 @@ def test_anchored_equals_the_oracle(T, B, anchor):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_whole_video_equals_the_oracle(sampler, guidance, monkeypatch):
+@pytest.mark.parametrize("sampler,prediction", [*((name, "epsilon") for name in SAMPLERS), ("ddim:1", "v"), ("dpm++", "v")])
+def test_a_whole_video_equals_the_oracle(sampler, prediction, guidance, monkeypatch):
     """Noise, conditioning and frames end up in the right places, whatever the chunk, the share of a process, what is wanted, and what an
     interrupted run left: 1e-10 in float64, 1e-5 of the spread in float32; bfloat16 is nearer to its oracle than that to float64."""
     M, settings = 11, sample.Settings(5, sampler, guidance, seed=7)
-    model, conditions = random_sdit(dtype=torch.float64), conditions_of(11, guidance, torch.float64)
+    model, conditions = random_sdit(dtype=torch.float64, prediction=prediction), conditions_of(11, guidance, torch.float64)
     oracle = oracle_of(model, conditions, settings)
     for size in (1, 3):
         monkeypatch.setitem(sample.CHUNK_TOKENS, "cpu", size * 4 * model.config.tokens)
@@ -162,12 +163,20 @@ def test_a_whole_video_equals_the_oracle(sampler, guidance, monkeypatch):
     assert len(part) <= 2                                                       # the row that holds it, and row 0
     errors = {}
     for dtype in (torch.float32, torch.bfloat16):
-        small, c = random_sdit(dtype=dtype), [k.to(dtype) for k in conditions]
+        small, c = random_sdit(dtype=dtype, prediction=prediction), [k.to(dtype) for k in conditions]
         latent = sample.sample_video(small, c, settings)
         made = torch.stack([latent(f) for f in range(M)])
         assert made.dtype is torch.float32
         errors[dtype] = [(made - target).std() / oracle.std() for target in (oracle_of(small, c, settings), oracle)]
     assert errors[torch.float32][0] < 1e-5 and errors[torch.bfloat16][0] < errors[torch.bfloat16][1]
+
+
+def test_v_is_read_with_latents_as_fine_as_they_are():
+    """A model in bfloat16 does not round the latents that epsilon is made of."""
+    model, x = random_sdit(dtype=torch.bfloat16, prediction="v"), torch.randn(1, 4, 4, 8, 8)
+    torch.nn.init.zeros_(model.final_layer.linear.weight)                       # v = 0
+    noise = sample.run_model(model, x, 500, torch.randn(1, 4, 32).bfloat16())[:, :, :4]
+    torch.testing.assert_close(noise, (1 - sdit.NoiseSchedule().alpha_bar[500]).sqrt().float() * x)
 
 
 def test_guidance_keeps_its_branches_apart():

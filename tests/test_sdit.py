@@ -55,9 +55,10 @@ def test_output_shape_and_patch_order():
     assert torch.equal(image[:, :, 5, 1 * 2 + 1, 2 * 2 + 0], tokens[:, :, 1 * 4 + 2, (1 * 2 + 0) * 2 * C + 5])
 
 
-def test_anchor_is_overridden_in_every_layer():
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_anchor_is_overridden_in_every_layer(prediction):
     """Paper 3.2: "in all layers throughout the model architecture"."""
-    model, anchor, seen = random_sdit(frames=4, depth=3), 2, []
+    model, anchor, seen = random_sdit(frames=4, depth=3, prediction=prediction), 2, []
     for m in (*model.blocks, model.final_layer):
         m.register_forward_pre_hook(lambda m, args: seen.append(args))
     out = model(torch.randn(3, 4, 4, 8, 8), torch.full((3,), 100), torch.randn(3, 4, 32), anchor)
@@ -76,6 +77,59 @@ def test_rows_read_the_anchor_but_never_change_row_0():
     together = model(x, t, c, anchor=2)
     torch.testing.assert_close(together[:1], alone)
     assert (together[1] - model(x[1:], t[1:], c[1:])[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_v_is_read_as_noise(dtype):
+    """epsilon = sqrt(1 - alpha_bar) x_t + sqrt(alpha_bar) v, exactly where weights are in bfloat16
+    too; the learned sigma is what it was. v so read gives back the clean latents."""
+    raw, model = (random_sdit(dtype=dtype, prediction=p) for p in ("epsilon", "v"))
+    x, c = torch.randn(3, 4, 4, 8, 8), torch.randn(3, 4, 32).to(dtype)
+    t = torch.tensor([0, 500, 999])
+    x = x.double() if dtype is torch.float64 else x
+    v, sigma = raw(x, t, c).double().chunk(2, 2)
+    predicted, same = model(x, t, c).double().chunk(2, 2)
+
+    alpha_bar = sdit.NoiseSchedule().alpha_bar[t].view(3, 1, 1, 1, 1)
+    expected = (1 - alpha_bar).sqrt() * x.double() + alpha_bar.sqrt() * v
+    tolerance = 1e-14 if dtype is torch.float64 else 1e-6
+    torch.testing.assert_close(predicted, expected, rtol=0, atol=tolerance)
+    assert torch.equal(sigma, same)
+
+    noise, x0 = torch.randn_like(x).double(), torch.randn_like(x).double()
+    xt = sdit.NoiseSchedule().add_noise(x0, noise, t)
+    v = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
+    output = model.predict_noise(torch.cat([v, v], 2), xt, t)
+    torch.testing.assert_close(output[:, :, :4], noise, rtol=0, atol=1e-12)
+
+
+def test_attention_in_training_on_a_cpu(monkeypatch):
+    """Written out in bfloat16 it agrees with the kernel, forward and backward, to rounding. Without
+    gradients, or in float32, it is the kernel."""
+    attention, calls = random_sdit(depth=1).blocks[0].attn, []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                        lambda *qkv: calls.append(0) or kernel(*qkv))
+
+    def attend(bf16, grad):
+        calls.clear()
+        g = torch.Generator().manual_seed(0)
+        x = 2 * torch.randn(2, 4, 16, 32, generator=g)                          # no flat softmax
+        x.requires_grad_(grad)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            y, _ = attention(x)
+        if grad:
+            y.float().square().sum().backward()
+        return y.detach().float(), x.grad, bool(calls)
+
+    exact, exact_grad, fused = attend(bf16=False, grad=True)
+    assert fused
+    inference, _, fused = attend(bf16=True, grad=False)
+    assert fused
+    written, written_grad, fused = attend(bf16=True, grad=True)
+    assert not fused
+    for a, b in ((written, exact), (written, inference), (written_grad, exact_grad)):
+        assert (a - b).norm() < 2e-2 * b.norm()
 
 
 def test_conditioning_is_per_frame():
@@ -122,6 +176,46 @@ def test_mapping_nulls_and_drop():
     assert changes[0, 2] > 1e-4 and (changes > 0).sum() == 1
 
 
+def test_statistics_normalise_the_scene():
+    mapping, seen = random_sdit(frames=4).mapping, []
+    mapping.input.register_forward_pre_hook(lambda _, x: seen.append(x[0][:, 0, :16]))
+    mean = torch.randn(16)
+    mapping.scene_mean.copy_(mean)
+    mapping.scene_gain.fill_(5)
+    mapping(mean + torch.eye(16))
+    torch.testing.assert_close(seen[0], 5 * torch.eye(16))
+    mapping(mean.expand(2, -1), None, torch.tensor([True, False]))
+    expected = torch.stack([mapping.null_scene, torch.zeros(16)])               # a normalised one
+    torch.testing.assert_close(seen[1], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", ["demo", "XL/2"])
+def test_conditioning_and_timestep_start_alike(size):
+    """On a fresh model scene, landmarks and timestep move what the blocks see alike."""
+    torch.manual_seed(0)
+    config = sdit.make_config(size)
+    config.depth = 0
+    model = sdit.SDiT(config)
+    mapping, S = model.mapping, config.scene_width
+
+    # vectors all alike, and landmarks that are whitened already; statistics as train.py fills them
+    scenes = torch.nn.functional.normalize(1 + torch.randn(200, S), dim=1)
+    landmarks = torch.zeros(200, 1, 1434)
+    landmarks[:, 0, :64] = torch.randn(200, 64)
+    landmarks = landmarks.unflatten(2, (478, 3))
+    mapping.scene_mean.copy_(scenes.mean(0))
+    mapping.scene_gain.copy_((64 / (scenes - scenes.mean(0)).square().sum(1).mean()).sqrt())
+
+    def movement(vectors):                                                      # (200 or 1000, D)
+        return (vectors - vectors.mean(0)).norm(dim=1).square().mean().sqrt().item()
+
+    with torch.no_grad():
+        moved = [movement(mapping(scenes, landmarks[:1].expand(200, -1, -1, -1))[:, 0]),
+                 movement(mapping(scenes[:1].expand(200, -1), landmarks)[:, 0]),
+                 movement(model.t_embedder(torch.arange(1000)))]
+    assert max(moved) < 3 * min(moved)
+
+
 def test_noise_schedule_closed_forms():
     s = sdit.NoiseSchedule()
     assert s.beta[0] == 1e-4 and math.isclose(s.beta[-1], 0.02) and len(s.beta) == 1000
@@ -157,6 +251,14 @@ def test_files_round_trip_and_say_what_does_not_fit(tmp_path):
                            ({k: v for k, v in tensors.items() if k != "mapping.null_scene"}, "mapping.null_scene is missing"),
                            (dict(tensors) | {"extra": torch.zeros(1)}, "it has extra")):
         sdit.write_tensors(path, wrong, config)
+        with pytest.raises(sdit.UserError, match=message):
+            sdit.load_model(path)
+    older = {k: v for k, v in config.items() if k != "prediction"}
+    sdit.write_tensors(path, tensors, older)
+    assert sdit.load_model(path).config.prediction == "epsilon"
+    for wrong, message in ((older | {"unknown": 1}, "not a file of the SDiT"),
+                           (older | {"prediction": "x0"}, "no prediction 'x0'")):
+        sdit.write_tensors(path, tensors, wrong)
         with pytest.raises(sdit.UserError, match=message):
             sdit.load_model(path)
     with pytest.raises(sdit.UserError, match="not a file of the AutoencoderKL"):

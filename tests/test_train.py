@@ -26,9 +26,10 @@ def batch(B=2, T=4):
                 scene=torch.nn.functional.normalize(torch.randn(B, 16), dim=1))
 
 
-def test_expressive_pixels_weigh_more():
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_expressive_pixels_weigh_more(prediction):
     """Paper 4.1: weight 1 + lambda_ex on the mask, 1 elsewhere; not normalised."""
-    model, schedule, b, t, drop = random_sdit(), sdit.NoiseSchedule(), batch(), torch.tensor([5, 700]), torch.tensor([False] * 2)
+    model, schedule, b, t, drop = random_sdit(prediction=prediction), sdit.NoiseSchedule(), batch(), torch.tensor([5, 700]), torch.tensor([False] * 2)
     noise = torch.randn_like(b["latents"])
     plain, bound = train.diffusion_loss(model, schedule, b, t, noise, drop, 1.0)
     b["mask"][:, 1, 2:4, 3] = 0.5
@@ -36,10 +37,27 @@ def test_expressive_pixels_weigh_more():
     xt = schedule.add_noise(b["latents"], noise, t)
     output = model(xt, t, model.mapping(b["scene"], b["landmarks"]))
     squared = (output[:, :, :4] - noise) ** 2                                   # the target is the noise
+    if prediction == "v":
+        squared = squared / schedule.alpha_bar[t].view(2, 1, 1, 1, 1).float()
     torch.testing.assert_close(plain, squared.mean((1, 2, 3, 4)))
     torch.testing.assert_close(masked, plain + 0.5 * squared[:, 1, :, 2:4, 3].sum((1, 2)) / squared[0].numel())
     torch.testing.assert_close(same, bound)
     assert torch.equal(train.diffusion_loss(model, schedule, b, t, noise, drop, 0.0)[0], plain)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_v_loss_is_the_squared_error_of_v(bf16):
+    """(F - v)^2 in float64 of what the network itself put out, also at t = 999 and in bfloat16."""
+    model, schedule, b, seen = random_sdit(prediction="v"), sdit.NoiseSchedule(), batch(3), []
+    model.final_layer.register_forward_hook(lambda m, given, y: seen.append(model.unpatchify(y)))
+    noise, t = torch.randn_like(b["latents"]), torch.tensor([0, 600, 999])
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        error, _ = train.diffusion_loss(model, schedule, b, t, noise, torch.tensor([False] * 3))
+
+    alpha_bar = schedule.alpha_bar[t].view(3, 1, 1, 1, 1)
+    v = alpha_bar.sqrt() * noise.double() - (1 - alpha_bar).sqrt() * b["latents"].double()
+    expected = (seen[0][:, :, :4].double() - v).square().mean((1, 2, 3, 4))
+    torch.testing.assert_close(error.double(), expected, rtol=1e-5, atol=0)
 
 
 def test_bound_is_the_kl_of_two_normals():
@@ -98,12 +116,29 @@ def test_dropped_rows_do_not_see_their_conditions():
     assert before[0] == after[0] and before[1] != after[1]
 
 
-def test_mapping_learns_ten_times_slower():
+def test_mapping_learns_at_its_own_rate():
     model = random_sdit().requires_grad_(True)
-    rest, mapping = train.build_optimizer(model, 6.4e-5, 0.01).param_groups
-    assert rest["lr"] == 6.4e-5 and mapping["lr"] == pytest.approx(6.4e-6)
+    rest, mapping = train.build_optimizer(model, 6.4e-5, 6.4e-6, 0.01).param_groups
+    assert rest["lr"] == 6.4e-5 and mapping["lr"] == 6.4e-6
     assert sum(p.numel() for p in mapping["params"]) == sum(p.numel() for p in model.mapping.parameters())
     assert len(rest["params"]) + len(mapping["params"]) == len(list(model.parameters()))
+
+
+def test_learning_rates_warm_up_and_fall(cache, tmp_path, monkeypatch):
+    cosine = [train.learning_rate(step, 4, 0) for step in range(4)]
+    assert cosine == pytest.approx([1, 0.854, 0.5, 0.146], abs=1e-3)
+    ramp = [train.learning_rate(step, 10 ** 9, 4) for step in range(6)]
+    assert ramp == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+
+    built, build = [], train.build_optimizer
+    monkeypatch.setattr(train, "build_optimizer", lambda *a: built.append(build(*a)) or built[-1])
+    for settings, mapping_lr, warmup in (((), 1e-4, 0),
+                                         (("--mapping-lr", "7e-4", "--warmup", "8"), 7e-4, 8)):
+        run(cache, tmp_path / f"run{warmup}", monkeypatch, *settings)
+        rest, mapping = built[-1].param_groups
+        factor = train.learning_rate(3, 4, warmup)                              # the last of 4 steps
+        assert rest["lr"] == pytest.approx(1e-3 * factor)
+        assert mapping["lr"] == pytest.approx(mapping_lr * factor)
 
 
 @pytest.fixture
@@ -140,8 +175,8 @@ def test_resume_is_exact(cache, tmp_path, monkeypatch, capsys):
     model = sdit.load_model(tmp_path / "whole" / "model.safetensors")
     assert model.config.autoencoder_sha256 == "1" and len(model.config.scene_mean) == 128 and model.config.name == "demo"
     assert model.mapping.landmark_mean.std() > 0 and not torch.equal(model.mapping.landmark_basis, torch.eye(1434, 64))
-    for changed, value in (("frames", "3"), ("lr", "1e-4"), ("seed", "1")):
-        with pytest.raises(sdit.UserError, match=f"trained with another {changed}"):
+    for changed, value in (("frames", "3"), ("lr", "1e-4"), ("seed", "1"), ("mapping-lr", "1e-3"), ("warmup", "2"), ("prediction", "v")):
+        with pytest.raises(sdit.UserError, match=f"trained with another {changed.replace('-', '_')}"):
             run(cache, tmp_path / "parts", monkeypatch, f"--{changed}", value)
     state = torch.load(newest, weights_only=True)
     mean = state["recipe"]["scene_mean"]
@@ -225,7 +260,7 @@ def test_a_loss_that_is_not_finite_stops_before_saving(cache, tmp_path, monkeypa
     assert not list((tmp_path / "run").glob("*.pt")) and not (tmp_path / "run" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("wrong", [("--save", "0"), ("--frames", "0"), ("--seed", "-1"), ("--accumulate", "3")])
+@pytest.mark.parametrize("wrong", [("--save", "0"), ("--frames", "0"), ("--seed", "-1"), ("--warmup", "-1"), ("--accumulate", "3")])
 def test_what_could_only_fail_later_is_refused(wrong, cache, tmp_path, monkeypatch):
     with pytest.raises(sdit.UserError, match="or more|does not divide"):
         run(cache, tmp_path / "run", monkeypatch, *wrong)
@@ -263,6 +298,29 @@ def test_start_from_other_weights(cache, tmp_path, monkeypatch, capsys):
     with pytest.raises(sdit.UserError, match=r"does not fit this network: x_embedder.proj.weight is \(160, 6, 2, 2\), expected \(384, 4, 2, 2\)"):
         sdit.init_weights(sdit.SDiT(sdit.make_config("S/2", 4)), tmp_path / "ours.safetensors")
     run(cache, tmp_path / "run", monkeypatch, "--init", str(tmp_path / "DiT.pt"))
+    for name in ("DiT.pt", "ours.safetensors"):
+        settings = "--init", str(tmp_path / name), "--prediction", "v"
+        with pytest.raises(sdit.UserError, match=f"{name} predicts epsilon; give --prediction e"):
+            run(cache, tmp_path / "other", monkeypatch, *settings)
+
+
+def test_init_keeps_the_statistics_that_the_weights_know(cache, tmp_path, monkeypatch):
+    """Those of the model that training starts from; without one, the cache's."""
+    run(cache, tmp_path / "fresh", monkeypatch)
+    fresh = sdit.load_model(tmp_path / "fresh" / "model.safetensors")
+    statistics = data.Rows(cache, 2).statistics()
+    for name, value in statistics.items():
+        torch.testing.assert_close(getattr(fresh.mapping, name), value)
+    fresh.mapping.scene_mean.add_(1)
+    fresh.mapping.scene_gain.fill_(3)
+    fresh.mapping.output_gain.fill_(0.5)
+    sdit.save_model(tmp_path / "other.safetensors", fresh)
+    run(cache, tmp_path / "run", monkeypatch, "--init", str(tmp_path / "other.safetensors"))
+    model = sdit.load_model(tmp_path / "run" / "model.safetensors")
+    kept = dict(fresh.mapping.named_buffers())
+    assert len(kept) == 5
+    for name, value in model.mapping.named_buffers():
+        assert torch.equal(value, kept[name]), name
 
 
 def test_preview(tmp_path, monkeypatch):
