@@ -1,0 +1,124 @@
+"""Short trainings at equal time, to choose the demo's recipe: how well does each variant tell the clean latents of unseen people?
+
+    python demo/recipes.py --minutes 6                             # every variant below, one after the other
+    python demo/recipes.py --minutes 6 base muon wide              # only these
+
+Each line: the error of the predicted clean latents of held-out clips, divided by their variance (1 is guessing the mean),
+at six timesteps; in brackets the same with the landmarks of other clips, and with the scenes of other clips: what these
+add is what the model takes from them. Time is the processor's own, so that other work on the machine does not count.
+"""
+import argparse
+import copy
+import json
+import sys
+import time
+from pathlib import Path
+
+DEMO = Path(__file__).resolve().parent
+sys.path[:0] = [str(DEMO.parent), str(DEMO)]
+
+import torch
+import torch.nn.functional as F
+
+import data
+import sdit
+import train
+
+TIMESTEPS = (100, 300, 500, 700, 850, 950)
+BASE = dict(frames=1, batch=16, lr=2.4e-3, mapping=1.0, warmup=0.05, width=160, depth=6, heads=5, prediction="v", muon=0.0, ema=0.999)
+VARIANTS = {"base": {}, "epsilon": dict(prediction="epsilon"), "lr-4.8e-3": dict(lr=4.8e-3), "lr-1.2e-3": dict(lr=1.2e-3),
+            "mapping-0.1": dict(mapping=0.1), "muon": dict(muon=2e-3), "muon-4e-3": dict(muon=4e-3),
+            "batch-32": dict(batch=32), "batch-64": dict(batch=64, lr=4e-3), "width-192": dict(width=192, heads=6), "width-224": dict(width=224, heads=7),
+            "width-256": dict(width=256, heads=8), "depth-8": dict(width=192, heads=6, depth=8), "frames-4": dict(frames=4, batch=8),
+            "frames-8": dict(frames=8, batch=4)}
+
+
+def build_optimizers(model, v):
+    """AdamW; with `muon`, a learning rate, the matrices of attention and MLP go to Muon (Jordan et al. 2024)."""
+    inside = lambda name, p: v.muon and name.startswith("blocks.") and p.ndim == 2 and "adaLN" not in name
+    hidden = [p for name, p in model.named_parameters() if inside(name, p)]
+    rest = [p for name, p in model.named_parameters() if not inside(name, p) and not name.startswith("mapping.")]
+    groups = [dict(params=rest, lr=v.lr, initial=v.lr),
+              dict(params=list(model.mapping.parameters()), lr=v.lr * v.mapping, initial=v.lr * v.mapping)]
+    optimizers = [torch.optim.AdamW(groups, weight_decay=0.01, fused=True)]
+    if hidden:
+        group = dict(params=hidden, lr=v.muon, initial=v.muon)
+        optimizers.append(torch.optim.Muon([group], weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+@torch.no_grad()
+def errors(model, batch, schedule):
+    """For each of TIMESTEPS: error of x0 over its variance with the right conditions, others' landmarks, others' scenes."""
+    x0, variance, rows = batch["latents"], batch["latents"].var(), {}
+    other = torch.arange(len(x0)).roll(len(x0) // 2 + 1)
+    for step in TIMESTEPS:
+        t = torch.full((len(x0),), step)
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(step))
+        xt = schedule.add_noise(x0, noise, t)
+        found = []
+        for scene, landmarks in ((batch["scene"], batch["landmarks"]), (batch["scene"], batch["landmarks"][other]),
+                                 (batch["scene"][other], batch["landmarks"])):
+            predicted = model(xt, t, model.mapping(scene, landmarks)).chunk(2, 2)[0]
+            found.append((F.mse_loss(schedule.predict_x0(xt, predicted, t), x0) / variance).item())
+        rows[step] = found
+    return rows
+
+
+def train_variant(v, cache, minutes, seed=0):
+    """(errors, rows of training seen, millions of parameters) after so many minutes of the processor."""
+    rows = data.Rows(cache, v.frames, seed)
+    unseen = rows.ranges[0][-160:]                                              # not the last clips of all: those train.py shows
+    rows.ranges[0] = rows.ranges[0][:-160]
+    held = data.Rows(cache, v.frames, 7)
+    held.ranges[0], held.held_out = unseen, True
+    batch = torch.utils.data.default_collate([held[i] for i in range(160)])
+
+    torch.manual_seed(seed)
+    sdit.DEMO_SIZE |= dict(width=v.width, depth=v.depth, heads=v.heads)
+    model = train.build_model(rows, "demo", v.frames, v.prediction)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    schedule, optimizers = sdit.NoiseSchedule(), build_optimizers(model, v)
+    shape = (v.batch, *batch["latents"].shape[1:])
+
+    began, step, progress = time.process_time(), 0, 0.0
+    while progress < 1:
+        drawn = torch.utils.data.default_collate([rows[step * v.batch + i] for i in range(v.batch)])
+        t, noise, drop = train.draw(seed, step, shape, 0.1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=sdit.has_bf16("cpu")):
+            error, bound = train.diffusion_loss(model, schedule, drawn, t, noise, drop)
+        (error + bound).mean().backward()
+
+        factor = min(1, (progress + 1e-3) / v.warmup) * (1 - progress)          # linear to 0
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial"] * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            decay = min(v.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        step += 1
+        progress = (time.process_time() - began) / 60 / minutes
+    return errors(ema, batch, schedule), step * v.batch, sum(p.numel() for p in model.parameters()) / 1e6
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="*", choices=[[], *VARIANTS], help="default: all")
+    parser.add_argument("--cache", default=DEMO / "build" / "cache")
+    parser.add_argument("--minutes", type=float, default=6)
+    a = parser.parse_args()
+
+    torch.set_num_threads(1)
+    print(f"{'':12} million  rows  " + "".join(f"{f't = {t}':>22}" for t in TIMESTEPS))
+    for name in a.variants or VARIANTS:
+        v = argparse.Namespace(**BASE | VARIANTS[name])
+        found, seen, million = train_variant(v, a.cache, a.minutes)
+        cells = "".join(f"{x[0]:8.4f} ({x[1]:.3f} {x[2]:.3f})" for x in found.values())
+        print(f"{name:12} {million:7.2f} {seen:6d} {cells}", flush=True)
+        print(json.dumps(dict(variant=name, minutes=a.minutes, rows=seen, million=million, errors=found)), file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sdit.run_main(main)
