@@ -64,6 +64,9 @@ CLIP = dict(embed_dim=128,
 SOURCE_SEED, DRIVING_SEED, PAINTING_SEED, UNSEEN = 1_000_021, 1_000_010, 2_000_000, 1_000_000
 device = "cuda" if torch.cuda.is_available() else "cpu"
 autocast = torch.autocast(device, torch.bfloat16, enabled=sdit.has_bf16(device))
+if device == "cpu":                                # the fused kernel's backward pass takes half of a step there
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
