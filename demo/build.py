@@ -29,6 +29,7 @@ sys.path[:0] = [str(DEMO.parent), str(DEMO)]
 
 import imageio.v3 as imageio
 import numpy as np
+import open_clip
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -160,8 +161,7 @@ def build_clip(steps=CLIP_STEPS, batch=128, lr=1e-3):
     """An open_clip model on pictures and captions of the world. Its text table keeps CLIP's own tokens, 64 wide."""
     torch.manual_seed(0)
     pixels, captions = load_clips("pixels", "caption")
-    model, tokenizer = data.build_clip(CLIP)
-    model = model.to(device).train()
+    model, tokenizer = open_clip.CLIP(**CLIP).to(device).train(), open_clip.SimpleTokenizer(context_length=CLIP["text_cfg"]["context_length"])
     tokens = tokenizer([str(c) for c in captions])
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.1, betas=(0.9, 0.98))
     bar = tqdm(range(steps), "CLIP", unit="step")
@@ -207,13 +207,13 @@ def build_cache():
     encoder = data.SceneEncoder(BUILD / "clip.safetensors", device)
     about = data.cache_about(BUILD / "autoencoder.safetensors", BUILD / "clip.safetensors", autoencoder, CLIP["embed_dim"], SIZE)
     shutil.rmtree(BUILD / "cache", ignore_errors=True)                          # of a run that was stopped
-    writer = data.CacheWriter(BUILD / "cache")
+    writer, entries = data.CacheWriter(BUILD / "cache", about), []
     for seed in tqdm(range(CLIPS), "cache"):
         clip = np.load(BUILD / "clips" / f"{seed:06d}.npz")
         tracked = data.Track(clip["landmarks"], clip["found"], clip["square"])
-        writer.add(data.encode_clip(clip["pixels"], tracked, FPS, autoencoder, encoder), dict(file=f"{seed:06d}", frames=FRAMES))
-    writer.flush()
-    data.finish_cache(BUILD / "cache", about)
+        entries.append(dict(file=f"{seed:06d}", frames=FRAMES))
+        writer.add(data.encode_clip(clip["pixels"], tracked, FPS, autoencoder, encoder), entries[-1])
+    writer.finish(entries)
 
 
 def build_paintings():
