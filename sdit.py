@@ -48,6 +48,10 @@ LANDMARK_COMPONENTS = 64                           # principal components of the
 class UserError(ValueError):
     """Bad input: a sentence that names the file and the cure. See `run_main`."""
 
+    def __init__(self, text, code=2):
+        super().__init__(text)
+        self.code = code
+
 
 def has_bf16(device):
     """Whether the device multiplies matrices in bfloat16 in hardware; elsewhere it is slower than float32."""
@@ -855,16 +859,18 @@ class Parser(argparse.ArgumentParser):
         return super().add_argument(*names, **{"help": ""} | options)
 
     def error(self, message):
+        if message.startswith("argument "):
+            message = message[9:].replace(": ", " ", 1)
         raise UserError(f"{message}; --help says what can be given")
 
 
-def number(kind, low=-math.inf, high=math.inf):
+def number(kind, low, high=math.inf):
     """For argparse's `type`: an int or float from `low` to `high`, never nan or inf."""
     def parse(text):
         value = kind(text)
         if not low <= value <= high or math.isinf(value):
-            ends = f"{low} or more" if high == math.inf else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text} is not a number " + ends.replace("-inf", "any"))
+            ends = f"of {low} or more" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not a number {ends}")
         return value
     parse.__name__ = kind.__name__                 # argparse says "invalid int value"
     return parse
@@ -897,7 +903,7 @@ def run_main(main):
         main()
         return flush()
     except UserError as e:
-        text = f"error: {e}"
+        code, text = e.code, f"error: {e}"
     except KeyboardInterrupt as e:
         code = 128 + (e.args[0] if e.args else signal.SIGINT)
         text = "stopped; the same command goes on from what is finished"
@@ -949,7 +955,7 @@ def leave(code, text):
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         child.kill()
-    above = launcher() if code == 2 else None
+    above = launcher() if code < 128 else None
     if above:
         try:
             said().touch(exist_ok=False)
