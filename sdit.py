@@ -911,6 +911,10 @@ def run_main(main):
         text = ""
     except Exception as e:
         text = f"error: {explain(e)}"
+    finally:                                       # worker processes would keep this one from ending
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for child in multiprocessing.active_children():
+            child.kill()
     leave(code, text)
 
 
@@ -950,11 +954,8 @@ def said():
 
 
 def leave(code, text):
-    """End this process and its workers with one sentence. Under torchrun, of several ranks that
-    fail alike one speaks, and ends the launcher, which would add a traceback; the ranks follow it."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for child in multiprocessing.active_children():
-        child.kill()
+    """End this process with one sentence. Under torchrun, of several ranks that fail alike one
+    speaks, and ends the launcher, which would add a traceback; the ranks follow it."""
     above = launcher() if code < 128 else None
     if above:
         try:
