@@ -600,7 +600,7 @@ def list_files(folder, kinds):
 def write_text(path, text):
     """Write a text file, whole or not at all."""
     with sdit.atomic(path) as temporary:
-        temporary.write_text(text, "utf-8")
+        temporary.write_text(text, "utf-8", "surrogateescape")
 
 
 def read_text(path):

@@ -869,8 +869,8 @@ def number(kind, low, high=math.inf):
     def parse(text):
         value = kind(text)
         if not low <= value <= high or math.isinf(value):
-            ends = f"of {low} or more" if high == math.inf else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text} is not a number {ends}")
+            end = "" if high == math.inf else f", up to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not a number of {low} or more{end}")
         return value
     parse.__name__ = kind.__name__                 # argparse says "invalid int value"
     return parse
