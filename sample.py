@@ -665,7 +665,8 @@ def reenact_pairs(path, models, **options):
         except Exception as e:                                                  # whatever is wrong with a line, the rest goes on
             if not dist.is_initialized() or dist.get_rank() == 0:
                 print(f"{path}, line {i + 2}: {e if isinstance(e, UserError) else f'{type(e).__name__}: {e}'}; skipped", file=sys.stderr)
-    print(f"{written} of {len(lines)} written")
+    with together():
+        print(f"{written} of {len(lines)} written")
     if written < len(lines):
         raise UserError(f"{len(lines) - written} lines of {path} could not be done, for the reasons above", code=1 if written else 2)
 

@@ -912,7 +912,8 @@ def run_main(main):
     except Exception as e:
         text = f"error: {explain(e)}"
     finally:                                       # worker processes would keep this one from ending
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
         for child in multiprocessing.active_children():
             child.kill()
     leave(code, text)
@@ -923,7 +924,7 @@ def explain(e):
     if isinstance(e, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(e):
         return "out of memory; give smaller sizes or numbers, or use a machine that has more"
     if not isinstance(e, OSError | safetensors.SafetensorError):
-        if launcher() and said().exists():         # another rank went, and a broadcast with it
+        if SAID and SAID.exists():                 # another rank went, and a broadcast with it
             sys.exit(2)
         raise e
     full = getattr(e, "errno", 0) == errno.ENOSPC or "os error 28" in str(e).lower()
@@ -940,31 +941,29 @@ def flush():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
+# Of the ranks that torchrun starts on a machine, the one that made this file has said why all end.
+SAID = "TORCHELASTIC_ERROR_FILE" in os.environ and Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1] / "said"
+
+
 def launcher():
     """Process number of the torchrun that started this rank; None without one."""
     with contextlib.suppress(OSError):
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
-        if b"torchrun" in words or b"torch.distributed.run" in words:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")[:4]
+        if SAID and any(os.path.basename(word) in (b"torchrun", b"torch.distributed.run") for word in words):
             return os.getppid()
-
-
-def said():
-    """The file of this torchrun that stands for a message already printed."""
-    return Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1] / "said"
 
 
 def leave(code, text):
     """End this process with one sentence. Under torchrun, of several ranks that fail alike one
     speaks, and ends the launcher, which would add a traceback; the ranks follow it."""
-    above = launcher() if code < 128 else None
-    if above:
-        try:
-            said().touch(exist_ok=False)
-        except FileExistsError:
-            sys.exit(code)
-    if text:
-        print(text, file=sys.stderr, flush=True)
-    flush()
-    if above:
-        os.kill(above, signal.SIGKILL)
+    try:
+        if SAID:
+            SAID.touch(exist_ok=False)
+        if text:
+            print(text, file=sys.stderr, flush=True)
+        flush()
+        if code < 128 and (above := launcher()):
+            os.kill(above, signal.SIGKILL)
+    except FileExistsError:
+        pass
     sys.exit(code)

@@ -109,8 +109,8 @@ def save_state(out, step, model, ema, optimizer, recipe):
     state = dict(step=step, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                  recipe=dataclasses.asdict(model.config) | recipe)
     tensors = [*model.state_dict().values(), *ema.state_dict().values(), *(v for one in optimizer.state.values() for v in one.values())]
-    if not all(v.isfinite().all() for v in tensors[:len(model.state_dict())]):
-        raise UserError(f"the weights are not finite after step {step}; {NOTHING_SAVED}")
+    if not all((v.abs() < 1e10).all() for v in model.parameters()):             # nor nan
+        raise UserError(f"the weights have no sensible size after step {step}; {NOTHING_SAVED}")
     data.enough_disk(out, sum(v.nbytes for v in tensors))                       # PyTorch aborts where a disk gets full
     sdit.save_model(out / "model.safetensors", ema)                             # before the state: a run whose last state is there counts as finished
     with sdit.atomic(out / f"state-{step:08d}.pt") as temporary:
