@@ -858,16 +858,6 @@ def read_clip(path, landmarker, size, watch):
     return crops(), tracked, fps, mirrored(square, shape)
 
 
-def disk_needed(paths, about):
-    """Bytes that the records of these clips will take, from the lengths of ten of them."""
-    lengths = []
-    for path in paths[::max(1, len(paths) // 10)]:
-        with contextlib.suppress(Exception):                                    # it is said when its turn comes
-            lengths.append(16 if path.suffix.lower() in PICTURES else len(Video(path)))
-    cells = about["latent_size"] ** 2
-    return len(paths) * np.mean(lengths or [100]) * (2 * about["latent_channels"] * cells + 2 * 3 * LANDMARKS + cells + 1)
-
-
 def bench(cache, frames=8, rows=2000):
     """Print the rows a second that one process loads from a cache, in random order, as training does."""
     loader = Rows(cache, frames)
@@ -944,7 +934,6 @@ def cache_clips(mine, writer, landmarker, autoencoder, scene_encoder, size):
     left_out, watch, frames = rejections(writer.folder), Stopwatch(), 0
     known = {name for name, path in mine if name in left_out and left_out[name]["changed"] == changed(path)}
     todo = [(name, path) for name, path in mine if name not in known and not writer.read(writer.path(name))]
-    enough_disk(writer.folder, disk_needed([path for _, path in todo], writer.about) if todo else 0)
 
     for name, path in tqdm(todo, f"clips, rank {rank}" if world > 1 else "clips", unit="clip"):
         try:

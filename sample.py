@@ -611,7 +611,10 @@ def make_conditions(models, scene, landmarks, guidance):
 def read_pairs(path):
     """The lines of a CSV file with the columns source, driving, out and, if you like, prompt, as dicts."""
     try:
-        lines = list(csv.DictReader(io.StringIO(data.read_text(path), newline="")))
+        text = data.read_text(path)
+        lines = list(csv.DictReader(io.StringIO(text, newline="")))
+        if "\0" in text:
+            raise csv.Error("it is not a text file")
     except (OSError, csv.Error) as e:
         raise UserError(f"cannot read the table {path} ({e}); it is a CSV file with the columns source,driving,out[,prompt]") from None
     if not lines or not {"driving", "out"} <= set(lines[0]) or not {"source", "prompt"} & set(lines[0]):
@@ -666,7 +669,8 @@ def reenact_pairs(path, models, **options):
             if not dist.is_initialized() or dist.get_rank() == 0:
                 print(f"{path}, line {i + 2}: {e if isinstance(e, UserError) else f'{type(e).__name__}: {e}'}; skipped", file=sys.stderr)
     with together():
-        print(f"{written} of {len(lines)} written")
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(f"{written} of {len(lines)} written")
     if written < len(lines):
         raise UserError(f"{len(lines) - written} lines of {path} could not be done, for the reasons above", code=1 if written else 2)
 
@@ -704,8 +708,8 @@ def main():
     bundled = {None, DEMO / "source.png", DEMO / "driving.mp4"}
     given = {a.source and a.source.resolve(), a.driving.resolve()}
     if os.environ.get("RANK", "0") == "0" and a.model.resolve() == DEMO / "sdit.safetensors" and (a.pairs or not given <= bundled):
-        print("note: the bundled demo model knows only rendered faces, and those roughly: the result is a face of that world, led by the "
-              "driving person; for real faces train a model on real clips (README, Train) and pass it with --model")
+        print("note: the bundled model knows rendered faces only: the result is a rendered face that moves like the driving person, not the "
+              "person in the picture; for real faces train a model on real clips (README, Train) and give it with --model")
     options = {k: v for k, v in vars(a).items() if k not in ("pairs", "source", "driving", "out", "model", "device", "engine")}
     if a.pairs:
         reenact_pairs(a.pairs, load_models(a.model, a.device, a.engine), **options)

@@ -838,7 +838,10 @@ def find_weights(name, digest, beside):
 # --------------------------------------------------------------------------------------------------
 # The command line
 
-for _name in ("stdout", "stderr"):                 # closed, or never there: services, pythonw
+while (_file := os.open(os.devnull, os.O_RDWR)) < 3:
+    pass                                           # stderr is closed: no other file may get its number
+os.close(_file)
+for _name in ("stdout", "stderr"):
     if getattr(sys, _name) is None:
         setattr(sys, _name, open(os.devnull, "w"))
 
@@ -886,6 +889,10 @@ def end_with_parent(*_):
 
 
 def interrupt(number, _):
+    if SAID and SAID.exists():                     # this rank only follows
+        with contextlib.suppress(RuntimeError, OSError):
+            sys.stdout.flush()
+        os._exit(2)
     raise KeyboardInterrupt(number)
 
 
