@@ -605,7 +605,8 @@ def run_stage(stage, sources, a):
 
 def list_done(a, stage):
     """[(source, content)] of the videos that went through a stage, in order."""
-    found = [c for p in sorted((a.out / stage).glob("*.json")) if (c := read_stage(p))]
+    files = sorted(p for p in (a.out / stage).glob("*.json") if not p.name.startswith("."))
+    found = [c for p in files if (c := read_stage(p))]
     if not found:
         raise UserError(f"nothing in {a.out / stage}; run the stage before, or all: python curate.py run VIDEOS --out {a.out}")
     return [(Source(Path(c["path"]), c["video"], c["identity"]), c) for c in found]

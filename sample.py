@@ -591,6 +591,8 @@ def reenact(source=None, driving=DEMO / "driving.mp4", out="reenacted.mp4", mode
                 comment = "synthetic, AI-generated face video; " + json.dumps({k: v for k, v in about.items() if v is not None})
                 write_frames(paths, latent, wanted, models.autoencoder, video, tracked.square, picture, comment, watch)
                 finished.remove()
+                for path in outputs(out, True):                                 # of killed runs
+                    sdit.hidden(path, f".tmp{path.suffix}").unlink(missing_ok=True)
                 print(f"{' and '.join(map(str, paths))}: {len(wanted)} frames of {models.size} x {models.size}\n{watch}")
     return dict(watch.seconds)
 

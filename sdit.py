@@ -597,7 +597,7 @@ def owned(path):
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        owner = file.read_text() or "another process"
+        owner = file.exists() and file.read_text() or "another process"
         raise UserError(f"{path} is being made by {owner}; wait for it, or name another --out") from None
     except NotImplementedError:                    # a file system without locks
         lock = None
@@ -966,11 +966,13 @@ def leave(code, text):
     try:
         if SAID:
             SAID.touch(exist_ok=False)
-        if text:
-            print(text, file=sys.stderr, flush=True)
-        flush()
-        if code < 128 and (above := launcher()):
-            os.kill(above, signal.SIGKILL)
     except FileExistsError:
+        sys.exit(code)
+    except OSError:                                # the launcher has tidied up
         pass
+    if text:
+        print(text, file=sys.stderr, flush=True)
+    flush()
+    if code < 128 and (above := launcher()):
+        os.kill(above, signal.SIGKILL)
     sys.exit(code)

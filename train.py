@@ -279,7 +279,8 @@ class Preview:
         strips = [data.to_images(self.autoencoder.decode(z)) for z in (self.batch["latents"], made)]
         picture = np.stack(strips, 1).swapaxes(2, 3)                            # (rows, 2, h, T, w, 3)
         picture = picture.reshape(-1, *picture.shape[2:])                       # (2 rows, h, T, w, 3)
-        Image.fromarray(picture.reshape(picture.shape[0] * picture.shape[1], -1, 3)).save(path)
+        with sdit.atomic(path) as temporary:
+            Image.fromarray(picture.reshape(picture.shape[0] * picture.shape[1], -1, 3)).save(temporary)
 
 
 NOTHING_SAVED = "nothing was saved over; start again with a lower --lr and another --out"
