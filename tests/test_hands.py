@@ -24,7 +24,7 @@ import sample
 import sdit
 import train
 from conftest import ROOT, random_sdit, write_video
-from test_data import record, shades, write_cache
+from test_data import shades, write_cache
 from test_train import cache, run, same  # noqa: F401 (a fixture)
 
 
