@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import EpsImagePlugin
 
 import curate
 import data
@@ -249,8 +250,7 @@ def test_copies_of_states_and_rows_of_others_stay(cache, tmp_path, monkeypatch):
 
 
 def test_postscript_is_no_picture(tmp_path, monkeypatch):
-    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("Ghostscript was called"))
-    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("Ghostscript was called"))
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was called"))
     (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) (w) file\n%%EOF\n")
     with pytest.raises(sdit.UserError, match="x.png is not a picture"):
         data.read_picture(tmp_path / "x.png")
