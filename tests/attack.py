@@ -163,7 +163,9 @@ def digests(folder):
 def bad_inputs(most, folder):
     make_inputs(folder)
     before, handled, tried = digests(folder), 0, random.sample(BAD, min(most, len(BAD)))
-    for script, given in tried:
+    for number, (script, given) in enumerate(tried):
+        if number % 10 == 0:
+            print(f"{number} of {len(tried)} bad inputs, {handled} handled", flush=True)
         code, said = run(script, given, folder)
         after = digests(folder)
         changed = [p.name for p in before if after.get(p) != before[p]]
@@ -242,6 +244,7 @@ def kills(number, folder):
         else:
             print(f"not survived: {script}.py after {here} kills: exit {code}\n{said[-600:]}\n{str(found)[:500]}\n{str(whole[script])[:500]}", flush=True)
         shutil.rmtree(home)
+        print(f"{tried} of {number} kills, {survived} survived", flush=True)
     return tried, survived
 
 
