@@ -599,6 +599,8 @@ def reenact(source=None, driving=DEMO / "driving.mp4", out="reenacted.mp4", mode
 
 def outputs(out, compare):
     """The files that a job writes."""
+    if not Path(out).name:
+        raise UserError(f"--out {out} names no file; name one like out.mp4")
     return [Path(out), Path(out).with_name(f"{Path(out).stem}-compare.mp4")][:1 + compare]
 
 
