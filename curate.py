@@ -12,7 +12,6 @@ If VIDEOS holds celebvhq_info.json or VFHQ's Clip+ID+...txt, only the videos, ti
 names. With torchrun, give the same command once more without it at the end: it writes the histogram or the manifest. Every stage keeps one
 file a video in OUT/STAGE, so nothing is done twice, and a video that crashes the decoder is a line of the manifest.
 """
-import argparse
 import concurrent.futures
 import functools
 import json
@@ -61,13 +60,13 @@ class Source:
     @property
     def key(self):
         """Name of the stages' files."""
-        return f"{re.sub('[^A-Za-z0-9-]+', '_', self.path.stem)[:60]}-{zlib.crc32(self.name.encode()):08x}"
+        return f"{re.sub('[^A-Za-z0-9-]+', '_', self.path.stem)[:60]}-{zlib.crc32(os.fsencode(self.name)):08x}"
 
 
 def celebvhq(path):
     """{video id: spans} of celebvhq_info.json."""
     spans = {}
-    for clip in json.loads(path.read_text())["clips"].values():
+    for clip in data.read_json(path, ["clips"])["clips"].values():
         box, when = clip["bbox"], clip["duration"]
         spans.setdefault(clip["ytb_id"], []).append((when["start_sec"], when["end_sec"], [box["left"], box["top"], box["right"], box["bottom"]]))
     return spans
@@ -76,7 +75,7 @@ def celebvhq(path):
 def vfhq(path):
     """(video id, span) of one of VFHQ's text files; one frame is left out at both ends, which may belong to other shots."""
     video, first, last = re.fullmatch(r"Clip\+(.+)\+P\d+\+C\d+\+F(\d+)-(\d+)", path.stem).groups()
-    lines = dict(line.split(None, 1) for line in path.read_text().replace(":", " ").splitlines() if " " in line.strip())
+    lines = dict(line.split(None, 1) for line in data.read_text(path).replace(":", " ").splitlines() if " " in line.strip())
     h, w, fps = (float(lines[k]) for k in ("H", "W", "FPS"))
     box = [float(x) for x in lines["CROP"].split()]
     return video, ((int(first) + 1) / fps, int(last) / fps, [box[0] / w, box[1] / h, box[2] / w, box[3] / h])
@@ -98,7 +97,7 @@ def list_sources(folder, out):
             elif path.suffix == ".txt" and path.name.startswith("Clip+"):
                 video, span = vfhq(path)
                 spans.setdefault(video, []).append(span)
-        except (ValueError, KeyError, AttributeError, TypeError, UnicodeDecodeError) as e:
+        except (ValueError, KeyError, AttributeError, TypeError, ArithmeticError, OSError) as e:
             raise UserError(f"{path} is not the list that its name says ({type(e).__name__}: {e}); fetch it again or rename it") from None
     sources = []
     for path in videos:
@@ -128,29 +127,35 @@ def search(a):
         raise UserError("yt-dlp is not on PATH: pip install 'yt-dlp[default]', with a JavaScript runtime (deno) and ffmpeg; or use videos of your own")
     if not a.source or not a.source.is_file():
         raise UserError("name a file of queries, one a line: python curate.py search queries.txt")
-    queries = [line.strip() for line in a.source.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    queries = [line.strip() for line in data.read_text(a.source).splitlines() if line.strip() and not line.startswith("#")]
+    for query in queries:
+        if query.startswith("-"):                                               # yt-dlp would take it for an option, and some run programs
+            raise UserError(f"{a.source}: {query!r} begins with a dash; a query is words, or an address")
     a.out.mkdir(parents=True, exist_ok=True)
     log = a.out / "search.jsonl"
-    done = {line["query"] for line in data.read_lines([log]) if line["done"]} if log.exists() else set()
+    done = {line.get("query") for line in data.read_lines([log]) if line.get("done")} if log.exists() else set()
     fetched = lambda: len((a.out / "archive.txt").read_text().splitlines()) if (a.out / "archive.txt").exists() else 0
     for query in tqdm([q for q in queries if q not in done], "queries", disable=None):
-        target = [query, "-I", f"1:{a.top}"] if "://" in query else [f"ytsearch{a.top}:{query}"]
+        target = query if "://" in query else f"ytsearch{a.top}:{query}"
         before = fetched()
-        run = subprocess.run([program, *target, "--match-filters", "height>=?720 & !is_live & duration<3600",
+        run = subprocess.run([program, "-I", f"1:{a.top}", "--match-filters", "height>=?720 & !is_live & duration<3600",
                               "-f", "bv*[height>=720][height<=1080][vcodec^=avc1]+ba/bv*[height>=720]+ba",
                               "--download-archive", a.out / "archive.txt", "-c", "--write-info-json", "--no-write-playlist-metafiles",
-                              "-t", "sleep", "--retry-sleep", "exp=1:120", "-o", a.out / "videos" / "%(id)s.%(ext)s"], capture_output=True, text=True)
+                              "-t", "sleep", "--retry-sleep", "exp=1:120", "-o", a.out / "videos" / "%(id)s.%(ext)s", "--", target],
+                             capture_output=True, text=True, errors="replace")
         refused = run.returncode and any(word in run.stderr for word in REFUSALS)
         if refused:
             raise UserError(f"the site refuses ({run.stderr.strip().splitlines()[-1]}); wait some hours, then give the same command: it goes on "
                             f"at {query!r}")
         done_now = run.returncode == 0 or fetched() > before                    # single videos that are gone do not stop a query; no network does
-        with open(log, "a") as f:
-            f.write("\n" + json.dumps(dict(query=query, done=done_now, code=run.returncode, last=run.stderr.strip().splitlines()[-1:])) + "\n")
+        data.append_line(log, dict(query=query, done=done_now, code=run.returncode, last=run.stderr.strip().splitlines()[-1:]))
         if not done_now:
             print(f"nothing came of {query!r} ({''.join(run.stderr.strip().splitlines()[-1:])}); the same command tries it again", file=sys.stderr)
     folder = a.out / "videos"
-    print(f"{len(data.list_files(folder, data.VIDEOS))} videos in {folder}; next: python curate.py run {folder} --out {a.out}")
+    count = len(data.list_files(folder, data.VIDEOS)) if folder.is_dir() else 0
+    if not count and queries and not any(line.get("done") for line in data.read_lines([log])):
+        raise UserError(f"no query of {a.source} brought a video; the reasons are above")
+    print(f"{count} videos in {folder}; next: python curate.py run {folder} --out {a.out}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -306,14 +311,6 @@ def look_closer(video, wanted, landmarker):
     return points
 
 
-def square_inside(points, shape):
-    """The clip's square, shifted into the picture; None where it does not fit into it."""
-    x, y, side = data.face_square(points)
-    if side > min(shape):
-        return None
-    return [int(min(max(x, 0), shape[1] - side)), int(min(max(y, 0), shape[0] - side)), int(side)]
-
-
 def pieces(first, points, others, shape, fps, a):
     """Candidates of one track, landmarks (M, 478, 3) from frame `first`: [dict(start, end, square, face, reason)]. `others`: boxes of other
     faces by frame."""
@@ -330,10 +327,11 @@ def pieces(first, points, others, shape, fps, a):
         return [c for part in parts for c in pieces(first + part[0], points[part], others, shape, fps, a)]
     if seen.mean() < 0.9:
         return [here | dict(reason="face lost in more than a tenth of the frames")]
-    square = square_inside(points[seen], shape)
+    square = data.keep_inside(data.face_square(points[seen]), shape)
     if square is None:
-        return [here | dict(reason="face too large: its square leaves the picture")]
-    here["square"], (x, y, side) = square, square
+        return [here | dict(reason=data.TOO_LARGE)]
+    here |= dict(square=[int(v) for v in square], mirrored=data.mirrored(square, shape))
+    x, y, side = here["square"]
     boxes = np.array([mesh_box(p) for p in points[seen]])
     here["face"] = [float(v) for v in np.round(np.median(boxes[:, 2:] - boxes[:, :2], 0) / side, 3)]
     if side < a.min_side:
@@ -423,7 +421,7 @@ def validate(source, a, candidates):
 
 def split_of(identity, share):
     """"test" or "train", by identity alone."""
-    return "test" if zlib.crc32(identity.encode()) % 10000 < share * 10000 else "train"
+    return "test" if zlib.crc32(os.fsencode(identity)) % 10000 < share * 10000 else "train"
 
 
 def another_scene(c, a):
@@ -439,6 +437,16 @@ def drop_entries(source, out):
     return sorted(entry for entry in read_drop(out) if entry in names or source.key in entry)
 
 
+@functools.cache
+def written_before(out):
+    """{key of a video: its clips in OUT/train and OUT/test when this process began}."""
+    found = {}
+    for path in (*(out / "train").glob("*"), *(out / "test").glob("*")):
+        if match := re.match(r"\.?(.*-[0-9a-f]{8})-\d{6}(-|\.)", path.name):
+            found.setdefault(match[1], []).append(path)
+    return found
+
+
 def write(source, a, candidates):
     """Write the clips of a video: square, `--size` pixels, H.264. Every candidate gets its name, or its reason."""
     dropped = drop_entries(source, a.out)
@@ -450,10 +458,9 @@ def write(source, a, candidates):
         c = dict(c, reason=c["reason"] or another_scene(c, a) or ("on the drop list" if on_list else None))
         result.append(c | (dict(clip=clip) if c["reason"] is None else {}))
     keep = {c.get("clip") for c in result}
-    for split in ("train", "test"):                                             # of other settings, or of a run that was killed
-        for path in (*(a.out / split).glob(f"{source.key}-*.mp4"), *(a.out / split).glob(f".{source.key}-*")):
-            if f"{split}/{path.name}" not in keep:
-                path.unlink(missing_ok=True)
+    for path in written_before(a.out).get(source.key, ()):                      # of other settings, or of a run that was killed
+        if f"{path.parent.name}/{path.name}" not in keep:
+            path.unlink(missing_ok=True)
     try:
         for i, f, image in crops(source, result, a.size):
             if i not in writers:
@@ -462,6 +469,7 @@ def write(source, a, candidates):
             writers[i].write(image)
             if f == result[i]["end"] - 1:
                 writers.pop(i).__exit__(None, None, None)
+                result[i]["bytes"] = (a.out / result[i]["clip"]).stat().st_size
     except BaseException:
         for writer in writers.values():
             writer.__exit__(*sys.exc_info())
@@ -497,7 +505,7 @@ STAGES = dict(detect=(detect, ("min_seconds", "min_side")), validate=(validate, 
 def read_drop(out):
     """What OUT/drop.txt asks to leave out; it grows by every --drop and is never forgotten."""
     path = out / "drop.txt"
-    return {line.strip() for line in path.read_text().splitlines() if line.strip()} if path.exists() else set()
+    return {line.strip() for line in data.read_text(path).splitlines() if line.strip()} if path.exists() else set()
 
 
 def stage_key(a, stage, source):
@@ -505,8 +513,9 @@ def stage_key(a, stage, source):
     names = list(STAGES)
     values = {k: str(getattr(a, k)) for k in STAGES[stage][1]}
     if stage == "detect":
-        stat = source.path.stat()
-        return values | dict(path=str(source.path), size=stat.st_size, modified=stat.st_mtime_ns, spans=source.spans)
+        return values | dict(path=str(source.path), modified=data.changed(source.path), spans=source.spans)
+    if stage == "validate":
+        values["clip"] = sdit.sha256(sdit.fetch(a.clip))                        # not its name alone: it may have been torn
     before = read_stage(a.out / names[names.index(stage) - 1] / f"{source.key}.json") or {}
     values["before"] = zlib.crc32(json.dumps(before.get("candidates")).encode())
     return values | (dict(drop=drop_entries(source, a.out)) if stage == "write" else {})
@@ -515,37 +524,54 @@ def stage_key(a, stage, source):
 def read_stage(path):
     """The content of a stage's file; None where it is not there or not whole."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        return data.read_json(path, ["key", "candidates", "video", "identity", "path"])
+    except (OSError, UserError):
         return None
 
 
+def is_done(stage, source, a):
+    """Whether a stage has a video's final result of these settings; of `write` also whether its clips are there, and whole."""
+    found = read_stage(a.out / stage / f"{source.key}.json")
+    if not found or found["key"] != json.loads(json.dumps(stage_key(a, stage, source))):
+        return False
+    clips = [(a.out / c["clip"], c.get("bytes")) for c in found["candidates"] if "clip" in c]
+    return all(path.exists() and path.stat().st_size == size for path, size in clips)
+
+
 def work(stage, source, a):
-    """One stage on one video, in a process of its own. Returns the candidates."""
+    """One stage on one video, in a process of its own. Returns the candidates, and why the video is left out, if it is at fault."""
     torch.set_num_threads(1)
     before = [read_stage(a.out / "detect" / f"{source.key}.json"), read_stage(a.out / "validate" / f"{source.key}.json")]
     inputs = dict(detect=(), validate=before[:1], write=before[1:])[stage]
     if None in inputs:
         raise UserError(f"{source.path.name} has not gone through {'detect' if stage == 'validate' else 'validate'} yet")
-    return STAGES[stage][0](source, a, *(i["candidates"] for i in inputs))
+    load = dict(detect=(get_landmarker,), validate=(lambda: get_encoder(str(a.clip)),), write=())[stage]
+    for network in load:                                                        # what fails here is not the video's fault
+        network()
+    try:
+        return STAGES[stage][0](source, a, *(i["candidates"] for i in inputs))
+    except (UserError, av.FFmpegError, OSError, MemoryError) as e:
+        return [dict(start=0, end=0, reason=data.blame(e, source.path).replace(str(source.path), source.path.name))]
 
 
 @functools.cache
 def worker():
     """One process that does the work: a video that crashes the decoder takes it down, and not the run."""
-    return concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    return concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), sdit.end_with_parent)
 
 
 def attempt(stage, source, a):
-    """(candidates, final): the result of one stage on one video. What a file that is there is to blame for is final; what may be the machine's
-    fault (memory, disk, a folder that is not mounted; a decoder's crash, perhaps) is tried again by the next run."""
+    """(candidates, final): the result of one stage on one video. What the video is to blame for is final; a crash, or what nobody thought of,
+    is tried again by the next run. UserError where the machine is at fault (memory, disk, weights): then there is no use in going on."""
     for _ in range(2):
         try:
             return worker().submit(work, stage, source, a).result(), True
         except concurrent.futures.process.BrokenProcessPool:
             worker.cache_clear()
-        except (UserError, av.FFmpegError) as e:
-            return [dict(start=0, end=0, reason=str(e).replace(str(source.path), source.path.name))], source.path.exists()
+        except UserError as e:
+            if source.path.exists():
+                raise
+            return [dict(start=0, end=0, reason=str(e))], False
         except Exception as e:                                                  # whatever goes wrong with a video, the rest goes on
             return [dict(start=0, end=0, reason=f"{type(e).__name__}: {e}")], False
     return [dict(start=0, end=0, reason="crashed the decoder")], False
@@ -557,7 +583,7 @@ def run_stage(stage, sources, a):
     (a.out / stage).mkdir(parents=True, exist_ok=True)
     counts, frames, began = Counter(), 0, time.perf_counter()
     mine = [s for s in sources if zlib.crc32(s.key.encode()) % world == rank]   # the same share, whatever else there is
-    todo = [s for s in mine if (read_stage(a.out / stage / f"{s.key}.json") or {}).get("key") != json.loads(json.dumps(stage_key(a, stage, s)))]
+    todo = [s for s in mine if not is_done(stage, s, a)]
     bar = tqdm(todo, f"{stage}, rank {rank}" if world > 1 else stage, unit="video", disable=None)
     for source in bar:
         if shutil.disk_usage(a.out).free < 2 ** 30:
@@ -567,7 +593,7 @@ def run_stage(stage, sources, a):
         path = a.out / stage / f"{source.key}.json"
         about = dict(video=source.name, identity=source.identity, path=str(source.path))
         data.write_text(path, json.dumps(dict(about, key=key if final else None, candidates=candidates)))
-        counts.update("kept" if c["reason"] is None else re.sub(r"[\d.]+", "N", c["reason"]) for c in candidates)
+        counts.update((c["reason"] or "kept").replace(source.path.name, "the video") for c in candidates)
         frames += sum(c["end"] - c["start"] for c in candidates)
         bar.set_postfix(kept=counts["kept"], left_out=sum(counts.values()) - counts["kept"])
     seconds = time.perf_counter() - began
@@ -579,7 +605,8 @@ def run_stage(stage, sources, a):
 
 def list_done(a, stage):
     """[(source, content)] of the videos that went through a stage, in order."""
-    found = [c for p in sorted((a.out / stage).glob("*.json")) if (c := read_stage(p))]
+    files = sorted(p for p in (a.out / stage).glob("*.json") if not p.name.startswith("."))
+    found = [c for p in files if (c := read_stage(p))]
     if not found:
         raise UserError(f"nothing in {a.out / stage}; run the stage before, or all: python curate.py run VIDEOS --out {a.out}")
     return [(Source(Path(c["path"]), c["video"], c["identity"]), c) for c in found]
@@ -636,24 +663,28 @@ def stats(a):
 
 
 def arguments():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    number = sdit.number
+    ap = sdit.Parser(__doc__)
     ap.add_argument("command", choices=["run", "search", *STAGES, "stats"])
     ap.add_argument("source", type=Path, nargs="?", help="folder of videos; of `search`: a file of queries")
     ap.add_argument("--out", type=Path, default=Path("clips"))
-    ap.add_argument("--top", type=int, default=20, help="of `search`: videos a query (the paper's 20)")
-    ap.add_argument("--min-side", type=int, default=400, help="pixels of a clip's square at least (the paper's 400 cannot be the face's own "
-                    "box: its clips would be larger than they are)")
-    ap.add_argument("--min-seconds", type=float, default=2.0, help="clips are longer than this")
+    ap.add_argument("--top", type=number(int, 1), default=20, help="of `search`: videos a query (the paper's 20)")
+    ap.add_argument("--min-side", type=number(int, 0), default=400, help="pixels of a clip's square at least (the paper's 400 cannot be the "
+                    "face's own box: its clips would be larger than they are)")
+    ap.add_argument("--min-seconds", type=number(float, 0), default=2.0, help="clips are longer than this")
     ap.add_argument("--clip", default=DEMO / "clip.safetensors", help="CLIP of `validate`: a file, or ViT-L-14, the paper's")
-    ap.add_argument("--min-clip", type=float, default=0.75, help="smallest CLIP cosine to the first frame; see histogram.png")
+    ap.add_argument("--min-clip", type=number(float, -2, 2), default=0.75, help="smallest CLIP cosine to the first frame; see histogram.png")
     ap.add_argument("--arcface", type=Path, help="folder with w600k_r50.onnx (weights for research only): ArcFace too")
-    ap.add_argument("--min-arcface", type=float, default=0.4)
+    ap.add_argument("--min-arcface", type=number(float, -2, 2), default=0.4, help="smallest ArcFace cosine to the first frame")
     ap.add_argument("--hyperiqa", type=Path, help="folder with koniq_pretrained.pkl: quality for stats")
-    ap.add_argument("--size", type=int, default=512, help="pixels of the written clips")
-    ap.add_argument("--test", type=float, default=0.02, help="share of identities that go to OUT/test")
+    ap.add_argument("--size", type=number(int, 2, 4096), default=512, help="pixels of the written clips")
+    ap.add_argument("--test", type=number(float, 0, 1), default=0.02, help="share of identities that go to OUT/test")
     ap.add_argument("--drop", type=Path, help="file with a clip, video or identity a line to leave out, now and ever after (OUT/drop.txt); "
                     "clips already written go")
-    return ap.parse_args()
+    a = ap.parse_args()
+    if a.size % 2:
+        raise UserError(f"--size {a.size} is not an even number of pixels")
+    return a
 
 
 def main():
@@ -662,16 +693,24 @@ def main():
         return search(a)
     if a.command == "stats":
         return stats(a)
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    if a.command == "run" and not alone:
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if a.command == "run" and world > 1:
         raise UserError("with several processes give the stages one after the other: detect, validate, write; each waits for all")
+    if a.drop and not a.drop.is_file():
+        raise UserError(f"no such file: {a.drop}")
+    sources = None
+    if a.command in ("run", "detect"):
+        if a.source is None:
+            raise UserError(f"name the folder of videos: python curate.py {a.command} VIDEOS --out {a.out}")
+        sources = list_sources(a.source, a.out)
+    with sdit.owned(a.out / f"rank-{rank}"):
+        run_stages(a, sources, world == 1)
+
+
+def run_stages(a, sources, alone):
     if a.drop:
-        if not a.drop.is_file():
-            raise UserError(f"no such file: {a.drop}")
-        a.out.mkdir(parents=True, exist_ok=True)
-        data.write_text(a.out / "drop.txt", "\n".join(sorted(read_drop(a.out) | {x.strip() for x in a.drop.read_text().splitlines()} - {""})) + "\n")
-    if a.size < 2 or a.size % 2 or not 0 <= a.test <= 1:
-        raise UserError("--size is an even number of pixels, --test a share from 0 to 1")
+        dropped = read_drop(a.out) | {line.strip() for line in data.read_text(a.drop).splitlines()} - {""}
+        data.write_text(a.out / "drop.txt", "\n".join(sorted(dropped)) + "\n")
     if a.command in ("run", "validate"):
         sdit.fetch(a.clip)                                                      # a missing file is said before the work
         if Path(a.clip).resolve().parent == DEMO:
@@ -680,16 +719,17 @@ def main():
         if folder:
             import evaluate
             evaluate.find_weights(name, folder)
-    if a.command in ("run", "detect"):
-        if a.source is None:
-            raise UserError(f"name the folder of videos: python curate.py {a.command} VIDEOS --out {a.out}")
-        run_stage("detect", list_sources(a.source, a.out), a)
+    if sources:
+        run_stage("detect", sources, a)
     if a.command in ("run", "validate"):
         run_stage("validate", [s for s, _ in list_done(a, "detect")], a)
         if alone:
             histogram(a)
     if a.command in ("run", "write"):
-        run_stage("write", [s for s, _ in list_done(a, "validate")], a)
+        sources = [s for s, _ in list_done(a, "validate")]
+        if a.test < 1 and all(split_of(s.identity, a.test) == "test" for s in sources):
+            a.test = 0                                                          # the only identity is for training
+        run_stage("write", sources, a)
         if alone:
             write_manifest(a)
     if a.command == "run":

@@ -6,15 +6,17 @@
 What `sample.py` does to a driving video and a source picture and what training sees of a clip is the same code: `track`
 finds the face in every frame and the one square of the clip, `crop` cuts it, `SceneEncoder` is CLIP.
 """
-import argparse
 import contextlib
-import functools
+import errno
+import hashlib
+import itertools
 import json
 import math
 import os
 import resource
 import shutil
 import sys
+import threading
 import time
 import zlib
 from collections import defaultdict
@@ -38,6 +40,7 @@ from sdit import LANDMARK_COMPONENTS, LANDMARKS, UserError
 DEMO = Path(__file__).resolve().parent / "demo"
 VIDEOS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"]  # PIL would give PostScript to Ghostscript
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Video and pictures, in and out
@@ -48,7 +51,7 @@ def open_video(path):
     if not Path(path).is_file():
         raise UserError(f"no such file: {path}")
     try:
-        container = av.open(str(path))
+        container = av.open(f"file:{path}", metadata_errors="replace")         # 12:30.mp4 has no protocol "12"
     except (av.FFmpegError, OSError) as e:
         raise UserError(f"{path} is not a video that can be read ({e.strerror or e}); re-encode it, for example as H.264 in .mp4") from None
     if not container.streams.video:
@@ -120,7 +123,7 @@ def read_picture(path):
     if not Path(path).is_file():
         raise UserError(f"no such file: {path}")
     try:
-        image = ImageOps.exif_transpose(Image.open(path))
+        image = ImageOps.exif_transpose(Image.open(path, formats=FORMATS))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:           # SyntaxError: PIL's word for a broken PNG
         if Path(path).suffix.lower() not in PICTURES:
             return None
@@ -155,12 +158,12 @@ class VideoWriter:
 
     def __init__(self, path, fps, comment="", sound=None, span=(0.0, float("inf"))):
         self.path, self.fps, self.comment, self.sound, self.span = Path(path), Fraction(fps), comment, sound, span
-        self.temporary = self.path.with_name(f".{self.path.stem}.{os.getpid()}{self.path.suffix}")
+        self.temporary = sdit.hidden(self.path, f".tmp{self.path.suffix}")
 
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self.container = av.open(str(self.temporary), "w")
+            self.container = av.open(f"file:{self.temporary}", "w")
         except (ValueError, av.FFmpegError, OSError) as e:
             raise UserError(f"cannot write {self.path} ({e}); name it like out.mp4, in a folder you may write to") from None
         self.container.metadata["comment"] = self.comment
@@ -229,18 +232,23 @@ IRISES = list(range(468, 478))
 EXPRESSIVE = LIPS + RIGHT_EYE + LEFT_EYE + IRISES
 
 
+MEDIAPIPE = threading.RLock()                      # neither it nor the turning of stderr is for two threads
+
+
 @contextlib.contextmanager
 def quiet():
-    """Silence what C++ libraries write to stderr (MediaPipe's start-up remarks)."""
-    sys.stderr.flush()
-    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
+    """Alone with MediaPipe, whose remarks on stderr, from C++, are silenced."""
+    with MEDIAPIPE, contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):                                      # there is no stderr
+            saved = os.dup(2)
+            stack.callback(os.close, saved)
+            null = os.open(os.devnull, os.O_WRONLY)
+            stack.callback(os.close, null)
+            if sys.stderr:
+                sys.stderr.flush()
+            os.dup2(null, 2)
+            stack.callback(os.dup2, saved, 2)
         yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(null)
 
 
 class FaceLandmarker:
@@ -251,6 +259,7 @@ class FaceLandmarker:
     name = "mediapipe 0.10.21 face_mesh refine_landmarks"
 
     def __init__(self):
+        self.process = os.getpid()
         with quiet():
             from mediapipe.python.solutions import face_detection, face_mesh
             self.detector = face_detection.FaceDetection(model_selection=1)
@@ -264,15 +273,23 @@ class FaceLandmarker:
         h, w = image.shape[:2]
         if max(h, w) > 720:
             image = cv2.resize(image, None, fx=720 / max(h, w), fy=720 / max(h, w), interpolation=cv2.INTER_AREA)
+        self.check_process()
         found = []
-        for d in self.detector.process(image).detections or ():
+        with quiet():
+            detections = self.detector.process(image).detections
+        for d in detections or ():
             box = d.location_data.relative_bounding_box
             side = 2 * max(box.width * w, box.height * h)
             found.append((round((box.xmin + box.width / 2) * w - side / 2), round((box.ymin + box.height / 2) * h - side / 2), round(side)))
         return sorted((box for box in found if box[2] > 8), key=lambda box: -box[2])
 
+    def check_process(self):
+        if self.process != os.getpid():
+            raise UserError("MediaPipe does not survive a fork: load the models in the child, or start it with multiprocessing's spawn")
+
     def landmarks(self, image, square=None):
         """(478, 3) float32 landmarks in pixels of the image (z in the same unit) of the face in `square`, or None."""
+        self.check_process()
         x, y = square[:2] if square else (0, 0)
         picture = crop(image, square) if square else image
         with quiet():
@@ -320,6 +337,25 @@ def face_square(points):
     side = max(np.median(high - low, 0) / (FACE_WIDTH, FACE_HEIGHT))
     x, y = np.median((low + high) / 2, 0) - side / 2
     return round(x), round(y), max(round(side), 8)
+
+
+def keep_inside(square, shape):
+    """The square moved so far that at most a tenth of its side is outside the picture, (h, w, ...), at any
+    edge, where `crop` mirrors; None where it cannot be. The rule for all clips of training."""
+    (x, y, side), (h, w) = square, shape[:2]
+    margin = side // 10
+    if side - 2 * margin > min(h, w):
+        return None
+    return min(max(x, -margin), w - side + margin), min(max(y, -margin), h - side + margin), side
+
+
+def mirrored(square, shape):
+    """Share of the square's side that is outside the picture, at the edge where it is most."""
+    (x, y, side), (h, w) = square, shape[:2]
+    return round(max(0, -x, -y, x + side - w, y + side - h) / side, 3)
+
+
+TOO_LARGE = "the face is too large: more than a tenth of its square would be mirrored"
 
 
 def crop(image, square, size=None):
@@ -441,6 +477,10 @@ OPENAI_VIT_L14 = dict(embed_dim=768, quick_gelu=True, vision_cfg=dict(image_size
                       text_cfg=dict(context_length=77, vocab_size=49408, width=768, heads=12, layers=12))
 
 
+# What a CLIP file may configure; open_clip would take more, and fetch what it names.
+CLIP_KEYS = OPENAI_VIT_L14 | dict(vision_cfg=OPENAI_VIT_L14["vision_cfg"] | dict(head_width=64, mlp_ratio=4.0))
+
+
 class SceneEncoder:
     """The global signal (paper 3.1): a CLIP model of open_clip, frozen; pictures and texts -> unit vectors (B, S).
 
@@ -450,11 +490,13 @@ class SceneEncoder:
     def __init__(self, path, device="cpu"):
         tensors, config = sdit.read_tensors(path)
         config = config or OPENAI_VIT_L14
-        if not {"embed_dim", "vision_cfg", "text_cfg"} <= set(config):
-            raise UserError(f"{path} is not a CLIP file: its metadata has no open_clip configuration")
-        self.model, self.tokenizer = build_clip(config)
-        sdit.fill(self.model, tensors, path).to(device).eval().requires_grad_(False)
-        self.size, self.device = config["vision_cfg"]["image_size"], device
+        if not {"embed_dim", "vision_cfg", "text_cfg"} <= set(config) or not sdit.is_like(config, CLIP_KEYS):
+            raise UserError(f"{path} is not a CLIP file: its metadata has no open_clip configuration that is known here")
+        import open_clip
+        model = sdit.build(lambda: open_clip.CLIP(**config), tensors, path)
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"].get("context_length", 77))
+        self.size, self.device = config["vision_cfg"].get("image_size", 224), device
 
     def images(self, pixels):
         """(B, 3, h, w) in [-1, 1] -> (B, S)."""
@@ -463,12 +505,6 @@ class SceneEncoder:
     def texts(self, sentences):
         """List of B strings -> (B, S)."""
         return self.model.encode_text(self.tokenizer(sentences).to(self.device), normalize=True).float()
-
-
-def build_clip(config):
-    """(open_clip model, tokenizer) of an open_clip configuration, with random weights."""
-    import open_clip
-    return open_clip.CLIP(**config), open_clip.SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
 
 
 def clip_pixels(pixels, size):
@@ -489,105 +525,131 @@ def clip_pixels(pixels, size):
 
 @torch.no_grad()
 def encode_clip(pixels, tracked, fps, autoencoder, scene_encoder, watch=lambda part: contextlib.nullcontext()):
-    """Cache record of a clip: pixels (M, size, size, 3) uint8 cut by `crop`, its Track, its rate. M frames, numpy arrays:
-    latent (M, C, H, W) f16, landmarks (M, 478, 3) f16, weight (M, H, W) u8, found (M,) bool, scene (2, S) f16 of the first and
+    """Cache record of a clip of M frames: pixels, an iterable of (size, size, 3) uint8 cut by `crop`, its Track, its rate.
+
+    Numpy arrays: latent (M, C, H, W) f16, landmarks (M, 478, 3) f16, weight (M, H, W) u8, found (M,) bool, scene (2, S) f16 of the first and
     the last frame (the only ones that can be a source; see `choose_frames`), fps (2,) numerator and denominator (not used in training)."""
-    device = next(autoencoder.parameters()).device
-    with watch("autoencoder"):
-        parts = (pixels[i:i + 32] for i in range(0, len(pixels), 32))
-        latent = torch.cat([autoencoder.encode(to_tensor(part).to(device)).half().cpu() for part in parts]).numpy()
+    device, pixels, latent, ends = next(autoencoder.parameters()).device, iter(pixels), [], []
+    while True:                                                                 # a long clip is never in memory as a whole
+        with watch("decoding, crops"):
+            part = list(itertools.islice(pixels, 32))
+        if not part:
+            break
+        ends = [*ends[:1], part[-1]] if ends else [part[0], part[-1]]
+        with watch("autoencoder"):
+            latent.append(autoencoder.encode(to_tensor(np.stack(part)).to(device)).half().cpu())
+
+    latent = torch.cat(latent).numpy()
     with watch("masks"):
         weight = np.stack([expressive_mask(points, latent.shape[-1]) for points in tracked.landmarks])
     with watch("CLIP"):
-        scene = scene_encoder.images(to_tensor(pixels[[0, -1]])).half().cpu().numpy()
+        scene = scene_encoder.images(to_tensor(np.stack(ends))).half().cpu().numpy()
     return dict(latent=latent, landmarks=tracked.landmarks.astype(np.float16), found=tracked.found, weight=weight, scene=scene,
                 fps=np.array(Fraction(fps).as_integer_ratio()))
 
 
 class CacheWriter:
-    """Write records into safetensors shards of `clips_per_shard` clips. A shard carries the manifest entries of its clips, and its
-    name appears when it is whole: what stands in a shard is done. Several ranks write into one folder, each its own shards."""
+    """One safetensors file a clip, which is there when it is whole; it carries the clip's entry in
+    the manifest, and what it was made with. Several ranks write into one folder."""
 
-    def __init__(self, folder, rank=0, clips_per_shard=256):
-        self.folder, self.rank, self.size = Path(folder), rank, clips_per_shard
+    def __init__(self, folder, about):
+        self.folder, self.about = Path(folder), about
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.records, self.entries = [], []
+        next(filter(None, map(self.read, self.folder.glob("clip-*"))), None)    # one is enough to see that they are of this kind
+
+    def path(self, file):
+        return self.folder / f"clip-{hashlib.sha256(os.fsencode(file)).hexdigest()[:16]}.safetensors"
 
     def add(self, record, entry):
-        self.records.append(record)
-        self.entries.append(entry)
-        if len(self.records) == self.size:
-            self.flush()
+        tensors = {k: torch.from_numpy(np.asarray(v)) for k, v in record.items()}
+        sdit.write_tensors(self.path(entry["file"]), tensors, dict(about=self.about, entry=entry | dict(frames=len(record["found"]))))
 
-    def flush(self):
-        """Write what was added since the last shard."""
-        if not self.records:
-            return
-        frames = [k for k in self.records[0] if k not in ("scene", "fps")]
-        shard = {k: np.concatenate([r[k] for r in self.records]) for k in frames}
-        shard |= {k: np.stack([r[k] for r in self.records]) for k in ("scene", "fps")}
-        shard["offsets"] = np.cumsum([0] + [len(r["found"]) for r in self.records])
-        enough_disk(self.folder, sum(v.nbytes for v in shard.values()))
-        number = 1 + max((int(p.stem[-6:]) for p in self.folder.glob(f"shard-{self.rank:04d}-*.safetensors")), default=-1)
-        sdit.write_tensors(self.folder / f"shard-{self.rank:04d}-{number:06d}.safetensors", {k: torch.from_numpy(v) for k, v in shard.items()},
-                           self.entries)
-        self.records, self.entries = [], []
+    def read(self, path):
+        """The manifest's entry of a record; None where it is not there or torn. UserError where it
+        was made with something else."""
+        try:
+            with safetensors.safe_open(path, "np") as f:
+                config = json.loads(f.metadata()["config"])
+        except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError):
+            return None
+        if other := [k for k, v in self.about.items() if config["about"].get(k) != v]:
+            raise UserError(f"{self.folder} was begun with another {' and '.join(other)}; give the same command again, or another --out")
+        return config["entry"]
 
-
-def begin_cache(folder, about):
-    """Note in a folder what its shards are made with; UserError where it was begun with something else."""
-    path = Path(folder) / "begun.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        begun = json.loads(path.read_text())
-        if other := [k for k, v in about.items() if begun.get(k) != v]:
-            raise UserError(f"{folder} was begun with another {' and '.join(other)}; give the same command again, or another --out")
-    write_text(path, json.dumps(about, indent=1))
-
-
-def files_done(folder):
-    """Names of the files whose record, or whose rejection, is in the folder already."""
-    done = {e["file"] for e in read_lines(folder.glob("rejected-*.jsonl"))}
-    for shard in folder.glob("shard-*.safetensors"):
-        with safetensors.safe_open(shard, "np") as f:
-            done |= {e["file"] for e in json.loads(f.metadata()["config"])}
-    return done
-
-
-def finish_cache(folder, about):
-    """Make a folder of shards a cache: manifest.jsonl, a line for every clip, taken or rejected, and index.json."""
-    folder, shards, lines = Path(folder), [], read_lines(folder.glob("rejected-*.jsonl"))
-    for path in sorted(folder.glob("shard-*.safetensors")):
-        with safetensors.safe_open(path, "np") as f:
-            entries, lengths = json.loads(f.metadata()["config"]), np.diff(f.get_tensor("offsets"))
-        lines += entries
-        shards.append(dict(file=path.name, clips=len(entries), frames=int(lengths.sum()), longest=int(lengths.max())))
-    texts = {"manifest.jsonl": "".join(json.dumps(e) + "\n" for e in sorted(lines, key=lambda e: e["file"])),
-             "index.json": json.dumps(about | dict(shards=shards), indent=1)}
-    for name, text in texts.items():                                            # the index last: with it the folder is a cache
-        write_text(folder / name, text)
-    return lines
+    def finish(self, entries):
+        """manifest.jsonl, a line for every clip, taken or rejected; then index.json, with which the folder is a cache."""
+        entries = sorted(entries, key=lambda entry: entry["file"])
+        clips = [[self.path(e["file"]).name, e["frames"]] for e in entries if "rejected" not in e]
+        write_text(self.folder / "manifest.jsonl", "".join(json.dumps(e) + "\n" for e in entries))
+        write_text(self.folder / "index.json", json.dumps(self.about | dict(clips=clips)))
 
 
 def list_files(folder, kinds):
-    """Files of a folder tree with one of the endings, sorted; hidden ones (unfinished) are left out."""
-    return sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in kinds and not p.name.startswith("."))
+    """Files of a folder tree, links to folders followed, with one of the endings, sorted; hidden ones (unfinished) are left out."""
+    found, seen = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        here = os.stat(root)
+        if (here.st_dev, here.st_ino) in seen:                                  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        found += [Path(root, name) for name in names if Path(name).suffix.lower() in kinds and not name.startswith(".")]
+    return sorted(p for p in found if p.is_file() or p.is_symlink())
 
 
 def write_text(path, text):
-    """Write a text file whose name appears when it is whole."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    """Write a text file, whole or not at all."""
+    with sdit.atomic(path) as temporary:
+        temporary.write_text(text, "utf-8", "surrogateescape")
+
+
+def read_text(path):
+    """A text file of a user: UTF-8 or UTF-16 with or without the mark that some editors put first; of other encodings, the bytes of names."""
+    content = Path(path).read_bytes()
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return content.decode("utf-16", "replace")
+    return content.decode("utf-8-sig", "surrogateescape")
+
+
+def read_json(path, keys=(), cure="remove it, and give the command that made it again"):
+    """A JSON file that holds an object with these keys; UserError for another, or a torn one."""
+    try:
+        found = json.loads(read_text(path))
+        if isinstance(found, dict) and set(keys) <= set(found):
+            return found
+    except (ValueError, RecursionError):
+        pass
+    raise UserError(f"{path} is torn, or not what its name says; {cure}")
 
 
 def read_lines(paths):
     """All entries of JSON-lines files; a line that was cut off in writing is left out. (Who appends begins with a new line.)"""
     entries = []
-    for line in (line for path in paths for line in path.read_text().splitlines()):
-        with contextlib.suppress(ValueError):
+    for line in (line for path in paths for line in read_text(path).splitlines()):
+        with contextlib.suppress(ValueError, RecursionError):
             entries.append(json.loads(line))
-    return entries
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
+def append_line(path, entry):
+    """Add a line to a JSON-lines file; one that was cut off before stays by itself."""
+    with open(path, "a") as f:
+        f.write(f"\n{json.dumps(entry)}\n")
+
+
+MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EROFS, errno.ESTALE}
+
+
+def blame(error, path):
+    """Why the clip at `path` is left out for good; or raise the error, if the machine is at fault: memory, disk, a folder that
+    is away, weights that are torn. The next run tries that again."""
+    causes = [error, error.__cause__, error.__context__]
+    at_fault = any(isinstance(c, MemoryError | torch.OutOfMemoryError | torch.AcceleratorError) or getattr(c, "errno", 0) in MACHINE for c in causes)
+    gone = not path.is_file() and not path.is_symlink()                         # a link to nothing is to blame itself
+    if at_fault or gone or isinstance(error, UserError) and path.name not in str(error):
+        raise UserError(f"{path}: {type(error).__name__ if at_fault else error}, which is not the clip's fault; "
+                        f"the same command goes on from here") from None
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 def enough_disk(folder, needed):
@@ -622,12 +684,6 @@ def choose_frames(rng, found, T):
     return times, 0 if times[0] >= last - times[-1] else last
 
 
-@functools.lru_cache(maxsize=256)
-def open_shard(path):
-    """A memory-mapped shard; the most recent ones stay open."""
-    return safetensors.safe_open(path, "pt")
-
-
 HELD_OUT = 8                                       # last clips of a cache, which train.py's previews show and training never sees
 
 
@@ -646,28 +702,32 @@ class Rows(torch.utils.data.Dataset):
         self.folders, shares = zip(*caches)
         self.shares = np.array(shares) / sum(shares)
         indices = [read_index(folder, frames) for folder in self.folders]
-        self.about, self.folder, self.shards = indices[0], self.folders[0], [i["shards"] for i in indices]
+        self.about, self.folder = indices[0], self.folders[0]
         for folder, index in zip(self.folders, indices):
-            if other := [k for k in index if k not in ("shards", "size") and index[k] != self.about.get(k)]:
+            if other := [k for k in index if k not in ("clips", "size") and index[k] != self.about.get(k)]:
                 raise UserError(f"{folder} and {self.folder} were made with another {' and '.join(other)}; caches that are mixed must agree")
-        self.ends = [np.cumsum([s["clips"] for s in shards]) for shards in self.shards]     # clips up to the end of each shard
-        held = [HELD_OUT if ends[-1] >= 10 * HELD_OUT else 0 for ends in self.ends]
-        self.ranges = [range(max(0, ends[-1] - HELD_OUT), ends[-1]) if held_out else range(ends[-1] - h) for ends, h in zip(self.ends, held)]
+        self.names = [np.array([name for name, _ in index["clips"]]) for index in indices]           # arrays: worker processes share them
+        self.lengths = [np.array([frames for _, frames in index["clips"]]) for index in indices]
+        self.ranges = []
+        for lengths in self.lengths:
+            n, held = len(lengths), HELD_OUT if len(lengths) >= 10 * HELD_OUT else 0
+            self.ranges.append(range(max(0, n - HELD_OUT), n) if held_out else range(n - held))
         self.orders = {}
 
     def __len__(self):
         return sum(map(len, self.ranges))
 
-    def _locate(self, cache, clip):
-        """(open shard, number in it, first frame, end) of a clip of a cache."""
-        number = int(np.searchsorted(self.ends[cache], clip, "right"))
-        shard = open_shard(str(self.folders[cache] / self.shards[cache][number]["file"]))
-        clip = int(clip) - int(self.ends[cache][number]) + self.shards[cache][number]["clips"]
-        first, end = shard.get_slice("offsets")[clip:clip + 2].tolist()
-        return shard, clip, first, end
+    def _open(self, cache, clip):
+        """The record of a clip of a cache, memory-mapped."""
+        path = self.folders[cache] / str(self.names[cache][clip])
+        try:
+            return safetensors.safe_open(path, "pt")
+        except (OSError, safetensors.SafetensorError) as e:
+            raise UserError(f"{path} is gone or torn ({e}); remove {path.parent / 'index.json'} and give the data.py command again: "
+                            f"it makes what is missing") from None
 
     def _clip(self, n):
-        """The clip of row n: number n of a cache gone through in a new random order each epoch. Of several caches one is drawn by share
+        """The record of row n: number n of a cache gone through in a new random order each epoch. Of several caches one is drawn by share
         first, with the same n: an epoch then visits only that share of its clips, another part each time."""
         cache = np.random.default_rng([self.seed, 2, n]).choice(len(self.shares), p=self.shares) if len(self.shares) > 1 else 0
         clips = self.ranges[cache]
@@ -677,16 +737,16 @@ class Rows(torch.utils.data.Dataset):
             self.orders[cache] = epoch, shuffled
         order = self.orders[cache][1]
         for k in range(len(clips)):
-            shard, clip, first, end = self._locate(cache, clips[order[(i + k) % len(clips)]])
-            if end - first >= self.frames + 2:
-                return shard, clip, first, end
+            clip = clips[order[(i + k) % len(clips)]]
+            if self.lengths[cache][clip] >= self.frames + 2:
+                return self._open(cache, clip)
         raise UserError(f"no clip in {self.folders[cache]} for training has {self.frames + 2} frames; cache longer clips")
 
     def __getitem__(self, n):
-        shard, clip, first, end = self._clip(n)
-        times, source = choose_frames(np.random.default_rng([self.seed, 1, n]), shard.get_slice("found")[first:end].numpy(), self.frames)
-        latents, landmarks, weight = (shard.get_slice(k)[first:end][times].float() for k in ("latent", "landmarks", "weight"))
-        scene = shard.get_slice("scene")[clip][0 if source == 0 else 1].float()
+        clip = self._clip(n)
+        times, source = choose_frames(np.random.default_rng([self.seed, 1, n]), clip.get_tensor("found").numpy(), self.frames)
+        latents, landmarks, weight = (clip.get_tensor(k)[times].float() for k in ("latent", "landmarks", "weight"))
+        scene = clip.get_tensor("scene")[0 if source == 0 else 1].float()
         return dict(latents=latents, landmarks=landmarks, mask=weight / 255, scene=scene)
 
     def statistics(self, clips=2000):
@@ -698,9 +758,9 @@ class Rows(torch.utils.data.Dataset):
         points, scenes = [], []
         for cache, (share, there) in enumerate(zip(self.shares, self.ranges)):
             for i in np.linspace(0, len(there) - 1, min(math.ceil(clips * share), len(there))).astype(int):
-                shard, clip, first, end = self._locate(cache, there[i])
-                points.append(shard.get_slice("landmarks")[first:end][::4].flatten(1).float())      # neighbouring frames are alike
-                scenes.append(shard.get_slice("scene")[clip].float())
+                clip = self._open(cache, there[i])
+                points.append(clip.get_tensor("landmarks")[::4].flatten(1).float())                 # neighbouring frames are alike
+                scenes.append(clip.get_tensor("scene").float())
         points = torch.cat(points)                                                                  # (frames, 1434)
         mean, spread = points.mean(0), points.std(0, correction=0).clamp_min(1e-3)
         scaled = (points - mean) / spread
@@ -736,11 +796,17 @@ def read_index(folder, frames):
     """The index of a cache that has rows of `frames` frames."""
     path = folder / "index.json"
     if not path.is_file():
-        unfinished = f"{folder} is unfinished: give the data.py command that began it again" if list(folder.glob("shard-*")) else \
-            f"no cache in {folder} (no index.json); make one: python data.py CLIPS --out {folder}"
+        unfinished = f"{folder} is unfinished: give the data.py command that began it again" if list(folder.glob("clip-*")) else \
+            f"no cache in {folder} (no index.json); make one: python data.py CLIPS --out {folder}, " \
+            f"for real faces with --autoencoder sd-vae-ft-mse --clip ViT-L-14"
         raise UserError(unfinished)
-    index = json.loads(path.read_text())
-    if max((s["longest"] for s in index["shards"]), default=0) < frames + 2:
+    index = read_json(path)
+    if "shards" in index:
+        raise UserError(f"{folder} was made by an older data.py; make it again: python data.py CLIPS --out NEW_FOLDER")
+    clips = index.get("clips")
+    if not isinstance(clips, list) or not all(isinstance(c, list) and [type(v) for v in c] == [str, int] for c in clips):
+        raise UserError(f"{path} is torn; remove it and give the data.py command again")
+    if max((n for _, n in clips), default=0) < frames + 2:
         raise UserError(f"no clip in {folder} has {frames + 2} frames, which rows of {frames} need; cache longer clips")
     return index
 
@@ -773,35 +839,34 @@ def resize_to(picture, longest):
     return picture if scale >= 1 else cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
 
 
-def clip_crops(path, landmarker, size, watch):
-    """(pixels (M, size, size, 3) uint8, Track, fps) of a face clip, from the first frame with the face to the last, or of a still picture
-    as a pseudo-clip of 8 frames a second."""
+def read_clip(path, landmarker, size, watch):
+    """(crops, an iterator of (size, size, 3) uint8, Track, fps, mirrored share) of a face clip, from the first frame with the face to the
+    last, or of a still picture as a pseudo-clip of 8 frames a second."""
     with watch("decoding, landmarks"):
         if path.suffix.lower() in PICTURES:
             picture = resize_to(read_picture(path), 768)
             points = landmarker(picture)
             if points is None:
                 raise no_face(path)
-            frames, points = zip(*pseudo_clip(picture, points, zlib.crc32(path.name.encode())))
-            tracked, fps = in_square(np.stack(points)), Fraction(8)
+            frames, points = zip(*pseudo_clip(picture, points, zlib.crc32(os.fsencode(path.name))))
+            tracked, fps, shape = in_square(np.stack(points)), Fraction(8), picture.shape
+            square = tracked.square                                             # it moves, so what it leaves is mirrored anyway
         else:
             frames = Video(path)
-            tracked, fps = track(frames, landmarker, path), frames.fps
-    with watch("decoding, crops"):
-        pixels = np.stack([crop(frame, tracked.square, size) for frame in frames])
+            tracked, fps, shape = track(frames, landmarker, path), frames.fps, next(iter(frames)).shape
+            square = keep_inside(tracked.square, shape)
+    if square is None:
+        raise UserError(f"{path}: {TOO_LARGE}")
+
+    shift = np.float32((*np.subtract(tracked.square, square)[:2], 0)) / square[2]
     known = np.flatnonzero(tracked.found)                                       # the ends may be the source: they must show the face
-    shown = slice(known[0], known[-1] + 1)
-    return pixels[shown], Track(tracked.landmarks[shown], tracked.found[shown], tracked.square), fps
+    shown = slice(int(known[0]), int(known[-1]) + 1)
 
-
-def disk_needed(paths, about):
-    """Bytes that the records of these clips will take, from the lengths of ten of them."""
-    lengths = []
-    for path in paths[::max(1, len(paths) // 10)]:
-        with contextlib.suppress(UserError):
-            lengths.append(16 if path.suffix.lower() in PICTURES else len(Video(path)))
-    cells = about["latent_size"] ** 2
-    return len(paths) * np.mean(lengths or [100]) * (2 * about["latent_channels"] * cells + 2 * 3 * LANDMARKS + cells + 1)
+    def crops():
+        for frame in itertools.islice(frames, shown.start, shown.stop):
+            yield crop(frame, square, size)
+    tracked = Track(tracked.landmarks[shown] + shift, tracked.found[shown], square)
+    return crops(), tracked, fps, mirrored(square, shape)
 
 
 def bench(cache, frames=8, rows=2000):
@@ -816,64 +881,103 @@ def bench(cache, frames=8, rows=2000):
     print(f"{rows} rows of {frames} frames in {seconds:.1f} s: {rows / seconds:.0f} rows a second from {len(loader)} clips in {cache}")
 
 
-def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments():
+    ap = sdit.Parser(__doc__)
     ap.add_argument("clips", type=Path, nargs="?", help="folder tree of videos of one face each, and of pictures, which become short clips by moving them")
     ap.add_argument("--out", type=Path, default=Path("cache"), help="folder of the cache")
     ap.add_argument("--autoencoder", default=DEMO / "autoencoder.safetensors", help="file, or sd-vae-ft-mse or sd-vae-ft-ema")
     ap.add_argument("--clip", default=DEMO / "clip.safetensors", help="file, or ViT-L-14")
-    ap.add_argument("--size", type=int, help="pixels a side (default: 64 for the demo's autoencoder, else 256)")
+    ap.add_argument("--size", type=sdit.number(int, 1, 4096), help="pixels a side (default: 64 for the demo's autoencoder, else 256)")
     ap.add_argument("--bench", action="store_true", help="measure how fast training rows load from the finished cache --out")
-    a = ap.parse_args()
+    return ap.parse_args()
+
+
+def main():
+    a = arguments()
     if a.bench:
         return bench(a.out)
     if a.clips is None:
         raise UserError("name the folder of clips: python data.py CLIPS --out cache")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if (a.out / "index.json").exists():
-        raise UserError(f"{a.out} already holds a cache; name another folder or remove it")
     if not a.clips.is_dir():
         raise UserError(f"no such folder: {a.clips}")
-    paths = list_files(a.clips, VIDEOS | PICTURES)
+    paths = {str(p.relative_to(a.clips)): p for p in list_files(a.clips, VIDEOS | PICTURES)}
     if not paths:
         raise UserError(f"no videos ({', '.join(sorted(VIDEOS))}) and no pictures ({', '.join(sorted(PICTURES))}) under {a.clips}")
+
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     a.autoencoder, a.clip = sdit.fetch(a.autoencoder), sdit.fetch(a.clip)
     autoencoder, scene_encoder, landmarker = sdit.load_autoencoder(a.autoencoder, device), SceneEncoder(a.clip, device), FaceLandmarker()
     ours = DEMO in (a.autoencoder.resolve().parent, a.clip.resolve().parent)
     if ours and rank == 0:
         print("note: the bundled autoencoder and CLIP are for the demo's rendered faces; for real ones give --autoencoder sd-vae-ft-mse --clip ViT-L-14")
-    size = a.size or (64 if a.autoencoder.resolve().parent == DEMO else 256)
-    if size < 1 or size % autoencoder.config.factor:
-        raise UserError(f"--size {size} is not a multiple of {autoencoder.config.factor}, the pixels that the autoencoder makes one cell of")
-    about = cache_about(a.autoencoder, a.clip, autoencoder, scene_encoder.model.visual.output_dim, size)
-    begin_cache(a.out, about | dict(clips=str(a.clips.resolve())))
-    writer, done = CacheWriter(a.out, rank), files_done(a.out)
-    mine = [p for p in paths[rank::world] if str(p.relative_to(a.clips)) not in done]
-    enough_disk(a.out, disk_needed(mine, about) if mine else 0)
-    watch, frames = Stopwatch(), 0
-    with open(a.out / f"rejected-{rank:04d}.jsonl", "a") as rejected:
-        for path in tqdm(mine, f"clips, rank {rank}" if world > 1 else "clips", unit="clip"):
-            entry = dict(file=str(path.relative_to(a.clips)))
-            try:
-                pixels, tracked, fps = clip_crops(path, landmarker, size, watch)
-                record = encode_clip(pixels, tracked, fps, autoencoder, scene_encoder, watch)
-                frames += len(pixels)
-            except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError) as e:
-                raise UserError(f"{path}: {type(e).__name__}, which is not the clip's fault; the same command goes on from here") from None
-            except Exception as e:                                              # whatever is wrong with a file, the rest goes on
-                entry |= dict(rejected=str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}")
-                rejected.write(f"\n{json.dumps(entry)}\n")
-                rejected.flush()
-            else:
-                writer.add(record, entry | dict(frames=len(pixels), missed=int((~tracked.found).sum()), square=tracked.square))
-    writer.flush()
+    a.size = a.size or (64 if a.autoencoder.resolve().parent == DEMO else 256)
+    if a.size % autoencoder.config.factor:
+        raise UserError(f"--size {a.size} is not a multiple of {autoencoder.config.factor}, the pixels that the autoencoder makes one cell of")
+    about = cache_about(a.autoencoder, a.clip, autoencoder, scene_encoder.model.visual.output_dim, a.size)
+
+    if (a.out / "index.json").exists():
+        return check_finished(a.out, about, paths)
+    with sdit.owned(a.out / f"rank-{rank}"):
+        writer = CacheWriter(a.out, about)
+        cache_clips(list(paths.items())[rank::world], writer, landmarker, autoencoder, scene_encoder, a.size)
+        finish_cache(writer, paths)
+
+
+def check_finished(folder, about, paths):
+    """Whether a finished cache is what the command asks for: then there is nothing to do."""
+    index, there = read_json(folder / "index.json"), {e.get("file") for e in read_lines([folder / "manifest.jsonl"])}
+    if other := [k for k, v in about.items() if index.get(k) != v]:
+        raise UserError(f"{folder} already holds a cache of another {' and '.join(other)}; name another --out")
+    if new := len(set(paths) - there):
+        raise UserError(f"{folder} already holds a cache, without {new} of these clips; to add them, remove {folder / 'index.json'} first")
+    print(f"{folder} already holds a cache of these clips")
+
+
+def rejections(folder):
+    """{file: entry} of the clips that were left out; not of those that changed since."""
+    return {e["file"]: e for e in read_lines(sorted(folder.glob("rejected-*.jsonl"))) if {"file", "rejected", "changed"} <= set(e)}
+
+
+def cache_clips(mine, writer, landmarker, autoencoder, scene_encoder, size):
+    """Make the records of clips [(name, path)] that are not there yet. A clip that is at fault itself is left out, with the reason."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    left_out, watch, frames = rejections(writer.folder), Stopwatch(), 0
+    known = {name for name, path in mine if name in left_out and left_out[name]["changed"] == changed(path)}
+    todo = [(name, path) for name, path in mine if name not in known and not writer.read(writer.path(name))]
+
+    for name, path in tqdm(todo, f"clips, rank {rank}" if world > 1 else "clips", unit="clip"):
+        try:
+            crops, tracked, fps, margin = read_clip(path, landmarker, size, watch)
+            record = encode_clip(crops, tracked, fps, autoencoder, scene_encoder, watch)
+        except Exception as e:                                                  # whatever is wrong with a file, the rest goes on
+            append_line(writer.folder / f"rejected-{rank:04d}.jsonl", dict(file=name, rejected=blame(e, path), changed=changed(path)))
+        else:
+            frames += len(record["found"])
+            writer.add(record, dict(file=name, missed=int((~tracked.found).sum()), square=[int(v) for v in tracked.square], mirrored=margin))
     print(f"{frames} frames; frames a second: " + ", ".join(f"{part} {frames / s:.0f}" for part, s in watch.seconds.items()))
-    if not {str(p.relative_to(a.clips)) for p in paths} <= files_done(a.out):
-        return print(f"rank {rank} is done; the last one writes the index")
-    entries = finish_cache(a.out, about)
+
+
+def changed(path):
+    """When a file was last changed; None where it is not there."""
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def finish_cache(writer, paths):
+    """Write the index, if every clip is there or left out: so of several ranks the last one does it."""
+    left_out = rejections(writer.folder)
+    entries = [writer.read(writer.path(name)) or left_out.get(name) for name in tqdm(paths, "index", leave=False, disable=None)]
+    if missing := entries.count(None):
+        return print(f"{missing} clips are left for the other ranks; the last one writes the index")
+    try:
+        with sdit.owned(writer.folder / "index.json"):
+            writer.finish(entries)
+    except UserError:                                                           # another rank was as quick
+        return
+    for path in writer.folder.glob(".clip-*.tmp.safetensors"):              # of killed runs
+        path.unlink(missing_ok=True)
     count = sum("rejected" in e for e in entries)
-    print(f"{len(entries) - count} clips in {a.out}; {count} rejected, reasons in {a.out / 'manifest.jsonl'}")
+    print(f"{len(entries) - count} clips in {writer.folder}; {count} left out, reasons in {writer.folder / 'manifest.jsonl'}")
 
 
 if __name__ == "__main__":

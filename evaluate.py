@@ -304,12 +304,17 @@ def track(path, landmarker):
     return data.track(data.Video(path), landmarker, path)
 
 
+@functools.cache
+def videos_of(folder):
+    """{name without ending: path} of the videos in a folder of results."""
+    return {str(p.relative_to(folder).with_suffix("")): p for p in data.list_files(folder, data.VIDEOS)}
+
+
 def named(folder, name):
     """The video of a clip, by its name without ending, in a folder of results."""
-    found = [p for p in data.list_files(folder, data.VIDEOS) if str(p.relative_to(folder).with_suffix("")) == name]
-    if not found:
+    if name not in videos_of(folder):
         raise UserError(f"{folder} has no video {name}.*")
-    return found[0]
+    return videos_of(folder)[name]
 
 
 def read_case(path, a, models, number, M, source=None, truth=None, given=None):
@@ -332,13 +337,12 @@ def read_case(path, a, models, number, M, source=None, truth=None, given=None):
 def read_pairs(path):
     """[(name, driving, source, result)] of a table with the columns source,driving,out; paths are relative to it."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            lines = list(csv.DictReader(f))
-        found = [(str(Path(line["out"]).with_suffix("")), *(Path(path).parent / line[k] for k in ("driving", "source", "out"))) for line in lines]
-    except (OSError, ValueError, csv.Error, KeyError, TypeError) as e:
-        raise UserError(f"cannot read the table {path} ({e}); it has the columns source,driving,out") from None
-    if not found or len({name for name, *_ in found}) < len(found):
-        raise UserError(f"{path} {'names one result twice in the column out' if found else 'has no lines'}")
+        found = [(str(Path(line["out"]).with_suffix("")), *(Path(path).parent / line[k] for k in ("driving", "source", "out")))
+                 for line in sample.read_pairs(path)]
+    except (ValueError, KeyError, TypeError) as e:
+        raise e if isinstance(e, UserError) else UserError(f"{path} has a line without source, driving or out") from None
+    if len({name for name, *_ in found}) < len(found):
+        raise UserError(f"{path} names one result twice in the column out")
     return found
 
 
@@ -401,10 +405,12 @@ def measured(key, names, measure, a, files=lambda name: ()):
         try:
             mark = zlib.crc32(json.dumps([number, stamp(filter(None, files(name)))]).encode())
             path = folder / f"{name.replace('/', '__')}-{mark:08x}.safetensors"
-            if not path.exists():
-                arrays = measure(number, name)
-                sdit.write_tensors(path, {k: torch.as_tensor(np.asarray(v)) for k, v in arrays.items()}, {})
-            found[name] = {k: v.numpy() for k, v in sdit.read_tensors(path)[0].items()}
+            try:
+                tensors = sdit.read_tensors(path)[0]
+            except UserError:                                                   # not there yet, or torn
+                tensors = {k: torch.as_tensor(np.asarray(v)) for k, v in measure(number, name).items()}
+                sdit.write_tensors(path, tensors, {})
+            found[name] = {k: v.numpy() for k, v in tensors.items()}
         except Exception as e:                                                  # whatever is wrong with a clip, the rest goes on
             LEFT_OUT.append(f"{name}: {e if isinstance(e, UserError) else f'{type(e).__name__}: {e}'}")
             print(f"left out: {LEFT_OUT[-1]}", file=sys.stderr)
@@ -414,10 +420,10 @@ def measured(key, names, measure, a, files=lambda name: ()):
 
 
 def bootstrap(values, repeat=1000):
-    """(mean, half of the 95 % interval) over videos."""
+    """(mean, half of the 95 % interval) over videos; one video has no interval."""
     values = np.array([v for v in values if not math.isnan(v)])
-    if not len(values):
-        return math.nan, math.nan
+    if len(values) < 2:
+        return float(values[0]) if len(values) else math.nan, math.nan
     means = values[np.random.default_rng(0).integers(0, len(values), (repeat, len(values)))].mean(1)
     return float(values.mean()), float(np.diff(np.quantile(means, [0.025, 0.975]))[0] / 2)
 
@@ -444,7 +450,9 @@ def finish(a, models, name, title, header, rows, notes=(), figure=None, **protoc
 
 def plus(values, digits=2):
     mean, half = bootstrap(values)
-    return "-" if math.isnan(mean) else f"{mean:.{digits}f} ± {half:.{digits}f}"
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
 
 def settings_of(a, method="anchored", number=0, **rest):
@@ -888,7 +896,7 @@ def report(a):
     """OUT/report.md: every result that is there, in the paper's order."""
     tables = [p.stem for k in ("same", "cross") for p in sorted(a.out.glob(f"{k}*.json"))]
     order = [*tables, "length", "ablation", "scenes", "guidance", *(f"figure-{n}" for n in (1, 4, 6, 20))]
-    found = [json.loads(p.read_text()) for name in order if (p := a.out / f"{name}.json").exists()]
+    found = [data.read_json(p, ["name", "markdown", "picture", "model"]) for name in order if (p := a.out / f"{name}.json").exists()]
     if not found:
         raise UserError(f"nothing is in {a.out} yet; run the other commands first")
     parts = [r["markdown"] + (f"\n\n![{r['name']}]({r['picture']})" if r["picture"] else "") for r in found]
@@ -920,7 +928,8 @@ def everything(a):
 
 
 def arguments():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    count = sdit.number(int, 1)
+    ap = sdit.Parser(__doc__)
     ap.add_argument("command", choices=["world", "pairs", "same", "cross", "length", "ablation", "scenes", "guidance", "figures", "report", "all"])
     ap.add_argument("folders", type=Path, nargs="*", help="of `pairs`: clips and pictures")
     ap.add_argument("--out", type=Path, default=Path("evaluation"))
@@ -930,21 +939,18 @@ def arguments():
     ap.add_argument("--videos", type=Path, help="judge these videos, named like the clips, or like the column out, instead of making some")
     ap.add_argument("--data", type=Path, default=Path("cache"), help="of `guidance`: cache of clips made by data.py")
     ap.add_argument("--weights", type=Path, default=sdit.DOWNLOADS, help="folder with the networks of FID, FVD, HyperIQA, ArcFace")
-    ap.add_argument("--n", type=int, help="videos (default: 50 of the demo world, all of --clips or --pairs; the paper: "
+    ap.add_argument("--n", type=count, help="videos (default: 50 of the demo world, all of --clips or --pairs; the paper: "
                     "1000; of `scenes` half train the heads, so 1024 give its 512)")
-    ap.add_argument("--frames", type=int, default=8, help="frames a video in same and cross; 16 and more for comparable FVD")
-    ap.add_argument("--steps", type=int, default=sample.Settings.steps)
-    ap.add_argument("--guidance", type=float, default=sample.Settings.guidance)
-    ap.add_argument("--train-steps", type=int, default=2000, help="of `guidance`: training steps of each denoiser")
-    ap.add_argument("--seed", type=int, default=0)
+    ap.add_argument("--frames", type=count, default=8, help="frames a video in same and cross; 16 and more for comparable FVD")
+    ap.add_argument("--steps", type=sdit.number(int, 1, NoiseSchedule.steps), default=sample.Settings.steps, help="denoising steps")
+    ap.add_argument("--guidance", type=sdit.number(float, -100, 100), default=sample.Settings.guidance, help="weight of classifier-free guidance")
+    ap.add_argument("--train-steps", type=count, default=2000, help="of `guidance`: training steps of each denoiser")
+    ap.add_argument("--seed", type=sdit.number(int, 0, 2 ** 31), default=0, help="of noise and choices")
     a = ap.parse_intermixed_args()                                              # folders may stand behind options
     if a.folders and a.command != "pairs":
         raise UserError(f"{a.command} takes no folders by themselves; give --clips {a.folders[0]}")
     if a.n is None and (a.command == "all" or not (a.clips or a.pairs or a.folders)):
         a.n = 50
-    if min(1 if a.n is None else a.n, a.frames, a.train_steps) < 1 or a.seed < 0:
-        raise UserError("--n, --frames and --train-steps are 1 or more, --seed 0 or more")
-    settings_of(a)                                                              # refuses what it cannot be
     a.device, a.many, a.prompt, a.edit = None, 0, "a face with red hair, wearing a blue shirt", "black hair -> blond hair"
     return a
 
@@ -952,6 +958,13 @@ def arguments():
 def main():
     a = arguments()
     LEFT_OUT.clear(), REPORTED.clear()
+    with sdit.owned(a.out / a.command):
+        run(a)
+    if LEFT_OUT or REPORTED:
+        raise UserError(f"{len(LEFT_OUT + REPORTED)} left out, named above", code=1)
+
+
+def run(a):
     if a.command in ("world", "pairs", "report", "all"):
         dict(world=world_set, pairs=pairs_set, report=report, all=everything)[a.command](a)
     else:
@@ -960,8 +973,6 @@ def main():
             table1(a, models, a.command == "same")
         else:
             dict(length=length, ablation=ablation, scenes=scenes, guidance=guidance, figures=figures)[a.command](a, models)
-    if LEFT_OUT or REPORTED:
-        sys.exit(print(f"{len(LEFT_OUT + REPORTED)} left out, named above", file=sys.stderr) or 1)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ any length.
 
 Every export is compared with the model in float32 PyTorch before it gets its name; above tolerance nothing is left behind.
 """
-import argparse
 import contextlib
 import copy
 import dataclasses
@@ -430,20 +429,32 @@ class Engine:
         return self._run(self.rest_runner, x, t, conditions, anchor, guidance, anchor_kv=anchor_kv)[0].to(x.dtype)
 
 
+MANIFEST = dict(name=str, kind=str, precision=str, branches=int, rows=list, opset=int, model_sha256=str, files=dict, sha256=dict, bytes=dict,
+                config=dict, versions=dict)
+
+
+def read_manifest(folder):
+    """What an export says of itself."""
+    try:
+        about = json.loads((folder / "manifest.json").read_text())
+        forms = set(about["files"])
+        if {k: type(v) for k, v in about.items()} == MANIFEST and about["rows"] and about["precision"] in PRECISIONS and \
+                forms in ({"packed", "rest"}, {"override"}):
+            return about
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        pass
+    raise UserError(f"{folder} is not an export: it has no manifest.json of one; make it with export.py")
+
+
 def load_engine(folder, model_sha256=None, device="cpu"):
     """The engine in a folder that this script wrote; refuses one made of another model."""
     folder, device = Path(folder), torch.device(device)
-    try:
-        about = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError):
-        about = {}
-    if not {"name", "kind", "precision", "branches", "rows", "model_sha256", "files", "sha256", "config"} <= set(about):
-        raise UserError(f"{folder} is not an export: it has no manifest.json of one; make it with export.py")
+    about = read_manifest(folder)
     if model_sha256 and about["model_sha256"] != model_sha256:
         raise UserError(f"{folder} was made of another model ({about['name']}, sha256 {about['model_sha256'][:12]}...); give that with --model, or export this one")
     if "rest" not in about["files"]:
         raise UserError(f"{folder} holds the form {'/'.join(about['files'])}, made to be looked at; videos need --form packed")
-    config, runners = sdit.SDiTConfig(**about["config"]), []
+    config, runners = sdit.check_config(sdit.SDiTConfig, about["config"], folder / "manifest.json"), []
     for form in ("packed", "rest"):
         path = folder / about["files"][form]
         for name, digest in about["sha256"].items():
@@ -584,10 +595,18 @@ def export(model, digest, kind, a, device):
     """Write, check and name one artefact. Returns its folder."""
     extra = ("" if a.form == "packed" else f"-{a.form}") + ("" if a.branches == 2 else "-unguided")
     final = a.out / f"{model.config.name.replace('/', '-')}-{model.config.frames}-{kind}-{a.precision}{extra}"
-    if final.exists() and not (final / "manifest.json").exists():
-        raise UserError(f"{final} is there and is not an export; choose another --out")
-    a.out.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=a.out))          # renamed as one, since ONNX graphs name their weights' file
+    if final.exists():
+        known = set(read_manifest(final)["sha256"]) | {"manifest.json"}
+        if others := sorted(p.name for p in final.iterdir() if p.name not in known):
+            raise UserError(f"{final} also holds {others[0]}, which is not the export's; move it, or choose another --out")
+    fresh = sdit.hidden(final, ".tmp")                                          # renamed as one, since ONNX graphs name their weights' file
+    with sdit.owned(final):
+        return export_into(model, digest, kind, a, device, fresh, final)
+
+
+def export_into(model, digest, kind, a, device, fresh, final):
+    shutil.rmtree(fresh, ignore_errors=True)                                    # of a run that was killed
+    fresh.mkdir()
     try:
         files, start = {}, time.perf_counter()
         for form in tqdm(["packed", "rest"] if a.form == "packed" else [a.form], desc=kind, unit="graph", leave=False, disable=None):
@@ -599,10 +618,12 @@ def export(model, digest, kind, a, device):
                      bytes={p.name: p.stat().st_size for p in written}, config=dataclasses.asdict(model.config),
                      versions=versions("torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "tensorrt"))
         (fresh / "manifest.json").write_text(json.dumps(about, indent=1))
-        fresh.chmod(0o755)
+        older = sdit.hidden(final, ".old")
+        shutil.rmtree(older, ignore_errors=True)
         if final.exists():
-            shutil.rmtree(final)
+            os.replace(final, older)
         os.replace(fresh, final)
+        shutil.rmtree(older, ignore_errors=True)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform != "darwin" else 2 ** 30)
@@ -694,7 +715,7 @@ def report(model, a, device, seconds, memory, missing, repeat):
         cells = [f"{seconds[backend, f] * 1e3:,.1f} ms ({seconds[backend, f] / base:.2f})" if (backend, f) in seconds else "-"
                  for f in ("unanchored", "override", "packed")]
         held = memory.get((backend, "packed"))
-        print(f"| {backend} | {' | '.join(cells)} | {'-' if held is None else f'{held:,.0f} MiB'} |")
+        print(f"| {backend} | {' | '.join(cells)} | {f'{held:,.0f} MiB' if held and held >= 1 else '-'} |")    # less is not seen
     for reason in dict.fromkeys(f"{backend}: {reason}" for (backend, _), reason in missing.items()):
         print(f"not there: {reason}")
     print(json.dumps(dict(model=model.config.name, frames=model.config.frames, rows=a.rows[0], branches=a.branches, precision=a.precision,
@@ -703,23 +724,23 @@ def report(model, a, device, seconds, memory, missing, repeat):
 
 
 def arguments():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = sdit.Parser(__doc__)
     for kind, text in (("onnx", "ONNX graphs, for ONNX Runtime and others"), ("torchscript", "TorchScript modules"),
                        ("trt", "TensorRT engines for the GPU of this machine"), ("bench", "time every form and backend that is there")):
         ap.add_argument(f"--{kind}", action="store_true", help=text)
     ap.add_argument("--model", type=Path, default=DEMO / "sdit.safetensors", help="model file made by train.py")
     ap.add_argument("--size", help="random weights of this size instead of a model, to measure: XL/2 ...")
-    ap.add_argument("--frames", type=int, default=8, help="frames a row, with --size")
+    ap.add_argument("--frames", type=sdit.number(int, 2, 10_000), default=8, help="frames a row, with --size")
     ap.add_argument("--out", type=Path, default=Path("export"), help="folder that the export's own folder goes into")
     ap.add_argument("--form", choices=["packed", "override"], default="packed", help="packed: fast, any length; override: the paper's rule as written")
     ap.add_argument("--precision", choices=list(PRECISIONS), help="default: bf16 for TensorRT, else fp32")
     ap.add_argument("--branches", type=int, choices=[1, 2], default=2, help="2: with classifier-free guidance inside; 1: without, half the work")
-    ap.add_argument("--rows", type=int, nargs=2, default=[4, 8], metavar=("TYPICAL", "MOST"),
+    ap.add_argument("--rows", type=sdit.number(int, 1, 10_000), nargs=2, default=[4, 8], metavar=("TYPICAL", "MOST"),
                     help="rows at once of a TensorRT engine; --bench takes the typical number")
     ap.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
     a = ap.parse_args()
-    if not 1 <= a.rows[0] <= a.rows[1]:
-        raise UserError(f"--rows {' '.join(map(str, a.rows))} is not two numbers, at least 1, the second the larger")
+    if a.rows[0] > a.rows[1]:
+        raise UserError(f"--rows {' '.join(map(str, a.rows))} is not two numbers, the second the larger")
     if not (a.onnx or a.torchscript or a.trt or a.bench):
         raise UserError("choose what to make: --onnx, --torchscript, --trt, or --bench")
     return a

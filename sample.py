@@ -9,17 +9,16 @@ The driving video may have any length: its frames are dealt to rows of T that sh
 `sample_plain` is the paper's rule as it stands, all rows in one batch; `sample_first` and `sample_rest` compute the same
 in the memory of a few rows, and are what runs by default. An interrupted command, given again, goes on from the rows in OUT.partial/.
 """
-import argparse
 import csv
 import dataclasses
 import datetime
 import hashlib
+import io
 import json
 import math
 import os
-import shutil
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +87,9 @@ def frame_noise(seed, frames, shape, step=0):
 # Samplers. x (..., C, H, W); output (..., 2C, H, W) of the model; a, b: alpha_bar now and after this step (1: clean latents); z: fresh noise
 # like x; `state`: what the sampler returned beside x one step before, None at first
 
+METHODS = ("anchored", "multidiffusion", "independent")
+
+
 @dataclass(frozen=True)
 class Settings:
     """How a video is sampled: all that decides the result besides model and inputs. Raises UserError on what is not there. The paper is
@@ -101,8 +103,8 @@ class Settings:
     def __post_init__(self):
         if not 1 <= self.steps <= NoiseSchedule.steps:
             raise UserError(f"--steps {self.steps} is not between 1 and {NoiseSchedule.steps}")
-        if self.method not in ("anchored", "multidiffusion", "independent"):
-            raise UserError(f"no method {self.method!r}; choose anchored, multidiffusion or independent")
+        if self.method not in METHODS:
+            raise UserError(f"no method {self.method!r}; choose {', '.join(METHODS)}")
         if not math.isfinite(self.guidance) or self.seed < 0:
             raise UserError("--guidance is a number, --seed one from 0 up")
         self.sampler_step()                                                     # refuses what it does not know
@@ -276,6 +278,8 @@ def sample_video(model, conditions, settings, wanted=None, finished=None, share=
     mine = [b for b in needed[share[0]::share[1]] if b not in finished]
     with tqdm(total=settings.steps * len(mine), desc="denoising", unit="row-step", leave=False, disable=True if share[0] else None) as bar:
         for chunk, slots, x in sample_some(model, rows, mine, conditions, settings, bar) if mine else ():
+            if not x.isfinite().all():
+                raise UserError("the model's numbers are no longer finite: its weights are damaged, or --guidance is too large")
             for b, latents in zip(chunk, x.cpu()):
                 finished[b] = latents[np.flatnonzero(keep[b][slots])]
     place = {int(f): (b, i) for b in needed for i, f in enumerate(rows[b][keep[b]])}
@@ -317,10 +321,12 @@ def sample_some(model, rows, numbers, conditions, settings, bar):
 
 class Partial:
     """Finished rows on disk, OUT.partial/KEY-ROW.safetensors: a mapping from row to latents, for `sample_video`. KEY stands for all that
-    decides the result; files of another key are removed."""
+    decides the result; rows of another key are removed. Other files in the folder are not ours."""
 
     def __init__(self, out, key):
         self.folder, self.key = Path(f"{out}.partial"), key
+        if len(os.fsencode(self.folder.name)) > 255:
+            self.folder = sdit.hidden(out, ".partial")
         self.folder.mkdir(parents=True, exist_ok=True)
         others = [p for p in self.folder.glob("*-??????.safetensors") if not p.name.startswith(key)]
         for other in others:
@@ -332,7 +338,10 @@ class Partial:
         return self.folder / f"{self.key}-{row:06d}.safetensors"
 
     def __contains__(self, row):
-        return self._path(row).exists()
+        """Whether a row is there, and whole."""
+        with suppress(UserError, KeyError):
+            return self._path(row).exists() and self[row].isfinite().all().item()
+        return False
 
     def __getitem__(self, row):
         return sdit.read_tensors(self._path(row))[0]["latents"]
@@ -341,7 +350,10 @@ class Partial:
         sdit.write_tensors(self._path(row), dict(latents=latents), {})
 
     def remove(self):
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for path in (*self.folder.glob("*-??????.safetensors"), *self.folder.glob(".*-??????.safetensors.tmp.safetensors")):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):                                                 # a user's files are in it
+            self.folder.rmdir()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -500,6 +512,22 @@ def write_frames(paths, latent, wanted, autoencoder, driving, square, source, co
                     bar.update()
 
 
+@contextmanager
+def together():
+    """Under torchrun: what fails on one rank fails on all, when all have come here. So they agree on what comes next."""
+    error = None
+    try:
+        yield
+    except Exception as e:
+        error = e
+    if dist.is_initialized():
+        texts = [None] * dist.get_world_size()
+        dist.all_gather_object(texts, error and (str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"))
+        error = error or next((UserError(text) for text in texts if text), None)
+    if error:
+        raise error
+
+
 def reenact(source=None, driving=DEMO / "driving.mp4", out="reenacted.mp4", model=DEMO / "sdit.safetensors", steps=Settings.steps, seed=0, only=None,
             compare=False, method="anchored", sampler=Settings.sampler, guidance=Settings.guidance, prompt=None,
             edit=None, retarget=False, face=(0,), device=None, engine=None):
@@ -508,58 +536,72 @@ def reenact(source=None, driving=DEMO / "driving.mp4", out="reenacted.mp4", mode
 
     model: a model file, or what `load_models` made of it. out has the frames, rate and sound of `driving`, or of its frames `only`
     ("a:b"); `compare` writes, beside it, OUT-compare.mp4: source, driving face, result. `face`: which face of driving and source, by size.
-    The rest is as on the command line. Under torchrun the processes share the rows, and rank 0 writes. Returns the seconds by part.
-    Raises UserError on bad input; then nothing is written."""
-    watch, paths = data.Stopwatch(), [Path(out), Path(out).with_name(f"{Path(out).stem}-compare.mp4")][:1 + compare]
+    The rest is as on the command line. Under torchrun the processes share the rows, and rank 0 writes. Threads may call it at once, with
+    one `model` and an `out` each. Returns the seconds by part. Raises UserError on bad input; then nothing is written."""
+    watch, paths = data.Stopwatch(), outputs(out, compare)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    settings, source = Settings(steps, sampler, guidance, method, seed), source if source or prompt else DEMO / "source.png"
     driving_face, source_face = (*face, 0)[:2]
-    if retarget and not source:
-        raise UserError("--retarget needs the shape of a face; give a --source")
-    for path in paths:
-        data.check_output(path, *filter(None, (source, driving)))
-    with watch("models"):
-        models = model if isinstance(model, Models) else load_models(model, device, engine)
-    if models.engine and method != "anchored":
-        raise UserError(f"an --engine samples by --method anchored, not {method}")
-    if models.engine and models.engine.branches == 1 and guidance != 1:
-        raise UserError(f"{models.engine.name} was exported without guidance; give --guidance 1, or export it with --branches 2")
-    with watch("landmarks"):
-        video = data.Video(driving)
-        wanted = parse_only(only, len(video)) if only else range(len(video))
-        picture, shape, people = read_source(source, models.landmarker, models.size, source_face) if source else (None, None, 0)
-        tracked = data.track(video, models.landmarker, driving, len(video), driving_face)
-        landmarks = retargeted(tracked.landmarks, shape) if retarget else tracked.landmarks
-    for path, count, number in (driving, tracked.faces, driving_face), (source, people, source_face):
-        if count > 1 and rank == 0:
-            print(f"{path} shows {count} faces; number {number} by size is taken (--face)")
-    missed = int((~tracked.found).sum())
-    if missed and rank == 0:
-        print(f"no face found in {missed} of {len(video)} frames of {driving}; their landmarks are interpolated")
-    with watch("CLIP"), torch.no_grad():
-        scene = make_scene(models, picture, prompt, edit)
-    with watch("denoising"), torch.no_grad():
-        conditions = make_conditions(models, scene, landmarks, settings.guidance)
+    with ExitStack() as stack, torch.no_grad():
+        with together():
+            settings, source = Settings(steps, sampler, guidance, method, seed), source if source or prompt else DEMO / "source.png"
+            if retarget and not source:
+                raise UserError("--retarget needs the shape of a face; give a --source")
+            for path in paths:
+                data.check_output(path, *filter(None, (source, driving)))
+            with watch("models"):
+                models = model if isinstance(model, Models) else load_models(model, device, engine)
+            if models.engine and method != "anchored":
+                raise UserError(f"an --engine samples by --method anchored, not {method}")
+            if models.engine and models.engine.branches == 1 and guidance != 1:
+                raise UserError(f"{models.engine.name} was exported without guidance; give --guidance 1, or export it with --branches 2")
+
+            with watch("landmarks"):
+                video = data.Video(driving)
+                wanted = parse_only(only, len(video)) if only else range(len(video))
+                picture, shape, people = read_source(source, models.landmarker, models.size, source_face) if source else (None, None, 0)
+                tracked = data.track(video, models.landmarker, driving, len(video), driving_face)
+                landmarks = retargeted(tracked.landmarks, shape) if retarget else tracked.landmarks
+            with watch("CLIP"):
+                scene = make_scene(models, picture, prompt, edit)
+                conditions = make_conditions(models, scene, landmarks, settings.guidance)
+            if rank == 0:
+                stack.enter_context(sdit.owned(out))
+
+        for path, count, number in (driving, tracked.faces, driving_face), (source, people, source_face):
+            if count > 1 and rank == 0:
+                print(f"{path} shows {count} faces; number {number} by size is taken (--face)")
+        missed = int((~tracked.found).sum())
+        if missed and rank == 0:
+            print(f"no face found in {missed} of {len(video)} frames of {driving}; their landmarks are interpolated")
         if world > 1:                                                           # those of rank 0, should ranks differ by a bit
             shared = [[c.cpu() for c in conditions]]
             dist.broadcast_object_list(shared)
             conditions = [c.to(models.device) for c in shared[0]]
-        settings_used = dict(dataclasses.asdict(settings), engine=models.engine and models.engine.name)
-        asked = json.dumps(dict(settings_used, model=models.sha256), sort_keys=True)
-        key = hashlib.sha256(asked.encode() + b"".join(c.float().cpu().numpy().tobytes() for c in conditions)).hexdigest()[:16]
-        finished = Partial(out, key)
-        try:
+
+        with together(), watch("denoising"):
+            settings_used = dict(dataclasses.asdict(settings), engine=models.engine and models.engine.name)
+            asked = json.dumps(dict(settings_used, model=models.sha256), sort_keys=True)
+            key = hashlib.sha256(asked.encode() + b"".join(c.float().cpu().numpy().tobytes() for c in conditions)).hexdigest()[:16]
+            finished = Partial(out, key)
             latent = sample_video(models.engine or models.sdit, conditions, settings, wanted, finished, (rank, world))
-        finally:
-            if world > 1:
-                dist.barrier()                                                  # until all rows are there; who failed comes too, for the next pair
-    if rank == 0:
-        about = dict(tool="anchored-diffusion", model=models.sha256[:16], **settings_used, prompt=prompt, edit=edit, retarget=retarget)
-        comment = "synthetic, AI-generated face video; " + json.dumps({k: v for k, v in about.items() if v is not None})
-        write_frames(paths, latent, wanted, models.autoencoder, video, tracked.square, picture, comment, watch)
-        finished.remove()
-        print(f"{' and '.join(map(str, paths))}: {len(wanted)} frames of {models.size} x {models.size}\n{watch}")
+
+        with together():                                                        # the next line may drive with this result
+            if rank == 0:
+                about = dict(tool="anchored-diffusion", model=models.sha256[:16], **settings_used, prompt=prompt, edit=edit, retarget=retarget)
+                comment = "synthetic, AI-generated face video; " + json.dumps({k: v for k, v in about.items() if v is not None})
+                write_frames(paths, latent, wanted, models.autoencoder, video, tracked.square, picture, comment, watch)
+                finished.remove()
+                for path in outputs(out, True):                                 # of killed runs
+                    sdit.hidden(path, f".tmp{path.suffix}").unlink(missing_ok=True)
+                print(f"{' and '.join(map(str, paths))}: {len(wanted)} frames of {models.size} x {models.size}\n{watch}")
     return dict(watch.seconds)
+
+
+def outputs(out, compare):
+    """The files that a job writes."""
+    if not Path(out).name:
+        raise UserError(f"--out {out} names no file; name one like out.mp4")
+    return [Path(out), Path(out).with_name(f"{Path(out).stem}-compare.mp4")][:1 + compare]
 
 
 def make_conditions(models, scene, landmarks, guidance):
@@ -570,34 +612,76 @@ def make_conditions(models, scene, landmarks, guidance):
     return conditions if guidance == 1 else conditions + [mapping()[0].to(dtype).expand(len(conditions[0]), -1)]
 
 
-def reenact_pairs(path, models, **options):
-    """Run every line of a CSV file with the columns source, driving, out and, if you like, prompt, paths relative to it. A line that fails
-    is reported, and the rest goes on. Returns how many were written."""
-    folder, written = Path(path).parent, 0
+def read_pairs(path):
+    """The lines of a CSV file with the columns source, driving, out and, if you like, prompt, as dicts."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as f:                 # spreadsheets put a mark before the first column
-            lines = list(csv.DictReader(f))
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        text = data.read_text(path)
+        lines = list(csv.DictReader(io.StringIO(text, newline="")))
+        if "\0" in text:
+            raise csv.Error("it is not a text file")
+    except (OSError, csv.Error) as e:
         raise UserError(f"cannot read the table {path} ({e}); it is a CSV file with the columns source,driving,out[,prompt]") from None
     if not lines or not {"driving", "out"} <= set(lines[0]) or not {"source", "prompt"} & set(lines[0]):
         raise UserError(f"{path} has no lines under the columns source,driving,out[,prompt]")
-    for number, line in enumerate(lines, 2):
+    return lines
+
+
+def made_here(path):
+    """Whether a video, if it is there, is a result of this script."""
+    if not Path(path).exists():
+        return True
+    with suppress(UserError), data.open_video(path) as container:
+        return "anchored-diffusion" in container.metadata.get("comment", "")
+    return False
+
+
+def destroyed(jobs, compare):
+    """{number of a job: why it must not run}: it would write over a file that a job reads, or that an earlier one writes. A job may read
+    what an earlier one made."""
+    place = os.path.realpath
+    reads = [(i, place(job[k])) for i, job in enumerate(jobs) for k in ("source", "driving") if k in job]
+    reasons, written = {}, {}
+    for i, job in enumerate(jobs):
+        for path in outputs(job["out"], compare) if "out" in job else ():
+            readers = [r for r, read in reads if read == place(path)]
+            if readers and not (min(readers) > i and made_here(path)):
+                reasons[i] = f"{path} would be written over, and line {min(readers) + 2} reads it"
+            elif place(path) in written:
+                reasons[i] = f"line {written[place(path)] + 2} writes {path} too"
+            written.setdefault(place(path), i)
+    return reasons
+
+
+def reenact_pairs(path, models, **options):
+    """Run every line of a CSV file (see `read_pairs`), paths relative to it. A line that fails is reported, and the rest goes on; at the
+    end UserError, with exit code 1 if some were written."""
+    lines, written = read_pairs(path), 0
+    jobs = [{k: Path(path).parent / line[k] for k in ("source", "driving", "out") if line.get(k)} for line in lines]
+    reasons = destroyed(jobs, options.get("compare", False))
+    for i, (job, line) in enumerate(zip(jobs, lines)):
+        prompt = line.get("prompt") or options.get("prompt")
         try:
-            if not line["driving"] or not line["out"]:
+            if not {"driving", "out"} <= set(job):
                 raise UserError("driving or out is missing")
-            if not (line.get("source") or line.get("prompt") or options.get("prompt")):
+            if "source" not in job and not prompt:
                 raise UserError("source is missing, and so is a prompt")
-            jobs = {k: folder / line[k] for k in ("source", "driving", "out") if line.get(k)}
-            reenact(model=models, prompt=line.get("prompt") or options.get("prompt"), **jobs, **{k: v for k, v in options.items() if k != "prompt"})
+            if i in reasons:
+                raise UserError(reasons[i])
+            reenact(model=models, **options | job | dict(prompt=prompt))
             written += 1
         except Exception as e:                                                  # whatever is wrong with a line, the rest goes on
-            print(f"{path}, line {number}: {e if isinstance(e, UserError) else f'{type(e).__name__}: {e}'}; skipped", file=sys.stderr)
-    print(f"{written} of {len(lines)} written")
-    return written
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                print(f"{path}, line {i + 2}: {e if isinstance(e, UserError) else f'{type(e).__name__}: {e}'}; skipped", file=sys.stderr)
+    with together():
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(f"{written} of {len(lines)} written")
+    if written < len(lines):
+        raise UserError(f"{len(lines) - written} lines of {path} could not be done, for the reasons above", code=1 if written else 2)
 
 
 def arguments():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    number, whole = sdit.number, sdit.number(int, 0)
+    ap = sdit.Parser(__doc__)
     ap.add_argument("--source", type=Path, help="picture of a face, or a video (its first frame with a face); default: the bundled one")
     ap.add_argument("--driving", type=Path, default=DEMO / "driving.mp4", help="video whose movements are taken")
     ap.add_argument("--out", type=Path, default=Path("reenacted.mp4"))
@@ -606,13 +690,12 @@ def arguments():
     ap.add_argument("--prompt", help="a sentence in place of the source, or, with one, mixed into it")
     ap.add_argument("--edit", metavar="A -> B[:W]", help='change the source, as in "blond hair -> red hair", with weight W')
     ap.add_argument("--retarget", action="store_true", help="take half of the source's proportions of face, width and height, into the movements")
-    ap.add_argument("--face", type=int, nargs="+", default=[0], metavar="N", help="which face of the driving video and of the source, by size from 0")
-    ap.add_argument("--steps", type=int, default=Settings.steps, help="denoising steps, 1 to 1000")
-    ap.add_argument("--sampler", default=Settings.sampler, help="ddim, ddim:ETA, ddpm (with --steps 250: DiT's setting) or dpm++ (default: ddim:1)")
-    ap.add_argument("--guidance", type=float, default=Settings.guidance,
-                    help="weight of classifier-free guidance (default: 2); 1: none, half the work")
-    ap.add_argument("--method", default="anchored", help="anchored, or to compare with: multidiffusion, independent")
-    ap.add_argument("--seed", type=int, default=0)
+    ap.add_argument("--face", type=whole, nargs="+", default=[0], metavar="N", help="which face of the driving video and of the source, by size from 0")
+    ap.add_argument("--steps", type=number(int, 1, NoiseSchedule.steps), default=Settings.steps, help="denoising steps")
+    ap.add_argument("--sampler", default=Settings.sampler, help="ddim, ddim:ETA, ddpm (with --steps 250: DiT's setting) or dpm++")
+    ap.add_argument("--guidance", type=number(float, -100, 100), default=Settings.guidance, help="weight of classifier-free guidance; 1: none, half the work")
+    ap.add_argument("--method", choices=METHODS, default="anchored", help="the others are to compare with")
+    ap.add_argument("--seed", type=whole, default=0, help="of the noise")
     ap.add_argument("--only", metavar="A:B", help="make only these frames of the driving video, as in 0:24")
     ap.add_argument("--compare", action="store_true", help="also write OUT-compare.mp4: source, driving, result side by side")
     ap.add_argument("--engine", type=Path, help="folder made by export.py from the same model: sample with its graphs")
@@ -628,14 +711,14 @@ def main():
             a.device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     bundled = {None, DEMO / "source.png", DEMO / "driving.mp4"}
     given = {a.source and a.source.resolve(), a.driving.resolve()}
-    if a.model.resolve() == DEMO / "sdit.safetensors" and (a.pairs or not given <= bundled):
-        print("note: the bundled demo model knows only rendered faces, and those roughly: the result is a face of that world, led by the "
-              "driving person; for real faces train a model on real clips (README, Train) and pass it with --model")
+    if os.environ.get("RANK", "0") == "0" and a.model.resolve() == DEMO / "sdit.safetensors" and (a.pairs or not given <= bundled):
+        print("note: the bundled model knows rendered faces only: the result is a rendered face that moves like the driving person, not the "
+              "person in the picture; for real faces train a model on real clips (README, Train) and give it with --model")
     options = {k: v for k, v in vars(a).items() if k not in ("pairs", "source", "driving", "out", "model", "device", "engine")}
-    if not a.pairs:
+    if a.pairs:
+        reenact_pairs(a.pairs, load_models(a.model, a.device, a.engine), **options)
+    else:
         reenact(a.source, a.driving, a.out, a.model, device=a.device, engine=a.engine, **options)
-    elif not reenact_pairs(a.pairs, load_models(a.model, a.device, a.engine), **options):
-        raise UserError(f"no line of {a.pairs} could be done")
     if dist.is_initialized():
         dist.destroy_process_group()
 

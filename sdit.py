@@ -12,14 +12,25 @@ The networks, their files, and what every script needs (`run_main`, `fetch`); no
 Shapes use one alphabet in the whole repository: B rows (sequences in a batch), T frames in a row, N tokens of a frame,
 D width, (C, H, W) the latent of a frame, M frames of a whole video, S width of the scene vector, 478 landmarks.
 """
+import argparse
+import contextlib
+import ctypes
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import re
+import shutil
+import signal
 import sys
+import tempfile
+import threading
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,15 +46,11 @@ LANDMARK_COMPONENTS = 64                           # principal components of the
 
 
 class UserError(ValueError):
-    """Bad input: a sentence that names the file and the cure. The scripts print it and leave with exit code 2."""
+    """Bad input: a sentence that names the file and the cure. See `run_main`."""
 
-
-def run_main(main):
-    """Run a script's `main`; a UserError becomes one line on stderr and exit code 2."""
-    try:
-        main()
-    except UserError as e:
-        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
+    def __init__(self, text, code=2):
+        super().__init__(text)
+        self.code = code
 
 
 def has_bf16(device):
@@ -603,15 +610,57 @@ class AutoencoderKL(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
 
-def write_tensors(path, tensors, config):
-    """Write a safetensors file whose metadata is `config` as JSON; the name appears only when the file is whole."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
+def hidden(path, ending):
+    """A hidden file beside `path` for work on it. No process number is in its name: what a killed
+    run leaves there, the next one takes over."""
+    name = os.fsencode(Path(path).name)
+    if len(name) > 200:                            # file systems end at 255 bytes
+        name = b"%08x" % zlib.crc32(name)
+    return Path(path).with_name(f".{os.fsdecode(name)}{ending}")
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """A temporary path that becomes `path` when the block ends well; else it goes."""
+    temporary = hidden(path, f".tmp{Path(path).suffix}")
     try:
-        # not save_file, whose files nobody but their owner may read
-        temporary.write_bytes(safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, {"config": json.dumps(config)}))
+        yield temporary
         os.replace(temporary, path)
+    except Exception as e:
+        if isinstance(e, UserError) or shutil.disk_usage(Path(path).parent).free > 2 ** 20:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def owned(path):
+    """Hold the lock of an output; a second run is refused. The system frees it when its owner dies."""
+    file = hidden(path, ".lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        owner = file.exists() and file.read_text() or "another process"
+        raise UserError(f"{path} is being made by {owner}; wait for it, or name another --out") from None
+    except NotImplementedError:                    # a file system without locks
+        lock = None
+    try:
+        file.write_text(f"process {os.getpid()}")
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        if lock:
+            lock.release()
+
+
+def write_tensors(path, tensors, config):
+    """Write a safetensors file whose metadata is `config` as JSON, whole or not at all."""
+    tensors = {k: v.contiguous() for k, v in tensors.items()}
+    with atomic(path) as temporary:                # not save_file: only its owner may read those
+        temporary.write_bytes(safetensors.torch.save(tensors, {"config": json.dumps(config)}))
 
 
 def read_tensors(path):
@@ -621,26 +670,47 @@ def read_tensors(path):
         raise UserError(f"no such model file: {path}")
     try:
         if Path(path).suffix in (".pt", ".pth", ".ckpt", ".bin"):
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-            return tensors.get("state_dict", tensors), {}
+            return load_pickle(path), {}
         with safetensors.safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("config", "{}"))
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+            config = json.loads((f.metadata() or {}).get("config", "{}"))
+        if not isinstance(config, dict):
+            raise ValueError("its configuration is not one")
+        return tensors, config
     except Exception as e:                                                      # torch raises a dozen kinds for a torn file
         reason = str(e).partition("\n")[0]
+        if "weights_only" in str(e) or "Unpickl" in type(e).__name__:           # PyTorch's advice is to load it all the same
+            reason = "it holds more than tensors, or is torn"
         raise UserError(f"{path} is not a whole file of weights, or not of weights alone ({reason}); make or fetch it again") from None
+
+
+def load_pickle(path):
+    """The tensors of a checkpoint of PyTorch, and nothing else that it may hold."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(part.compress_type for part in archive.infolist()):          # PyTorch never does
+                raise ValueError("it is compressed")
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    tensors = tensors.get("state_dict", tensors)
+    return {k: v for k, v in tensors.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
 
 
 def fill(model, tensors, path):
     """Give `model` the weights `tensors` read from `path`, in the model's precision; names and shapes must agree."""
+    check_fit(model, tensors, path)
+    model.load_state_dict(tensors)
+    return model
+
+
+def check_fit(model, tensors, path):
     for name, parameter in model.state_dict().items():
-        if name not in tensors or tensors[name].shape != parameter.shape:
-            found = f"is {tuple(tensors[name].shape)}" if name in tensors else "is missing"
+        shape = getattr(tensors.get(name), "shape", None)
+        if shape != parameter.shape:
+            found = "is missing" if shape is None else f"is {tuple(shape)}"
             raise UserError(f"{path} does not fit this network: {name} {found}, expected {tuple(parameter.shape)}")
     extra = sorted(set(tensors) - set(model.state_dict()))
     if extra:
         raise UserError(f"{path} does not fit this network: it has {extra[0]}, which the network lacks")
-    model.load_state_dict(tensors)
-    return model
 
 
 def save_model(path, model, dtype=torch.float32):
@@ -654,7 +724,49 @@ def _load(path, device, network, config_class):
     if set(config) | fields & {"prediction"} != fields:                     # older files lack it
         raise UserError(f"{path} is not a file of the {network.__name__}: its metadata does not hold that network's configuration"
                         + "; of a training run, give model.safetensors" * (Path(path).suffix == ".pt"))
-    return fill(network(config_class(**config)), tensors, path).to(device).eval().requires_grad_(False)
+    model = build(lambda: network(check_config(config_class, config, path)), tensors, path)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def build(network, tensors, path):
+    """`network()` with the weights `tensors`. First without memory: what a file says of its sizes
+    is not believed before its tensors have them."""
+    try:
+        with torch.device("meta"):
+            outline = network()
+    except (ValueError, RuntimeError, ArithmeticError, AssertionError, TypeError) as e:
+        raise UserError(f"{path} is not a model of ours: its sizes do not go together ({e})") from None
+    check_fit(outline, tensors, path)
+    return fill(network(), tensors, path)
+
+
+LARGEST = dict(depth=1000, layers=1000, latent_size=256, latent_channels=1024, frames=10_000)
+
+
+def is_like(value, like, name=""):
+    """Whether a configuration in a file has known names, with values of the kind of those in `like`
+    and of a size that a network can have."""
+    if isinstance(like, dict):
+        return isinstance(value, dict) and all(k in like and is_like(v, like[k], k) for k, v in value.items())
+    if isinstance(like, list | tuple):
+        first = like[0] if like else 1.0
+        return isinstance(value, list | tuple) and all(is_like(v, first, name) for v in value)
+    if isinstance(like, float):
+        return type(value) in (int, float) and math.isfinite(value)
+    if type(like) is int:
+        return type(value) is int and 1 <= value <= LARGEST.get(name, 2 ** 16)
+    return type(value) is type(like)
+
+
+def check_config(config_class, config, path):
+    """The configuration of a file, of known kinds and sizes."""
+    good = is_like(config, vars(config_class()))
+    config = config_class(**config)
+    if good and config_class is SDiTConfig:
+        good = config.width % config.heads == 0 and config.latent_size % config.patch == 0
+    if not good or len(getattr(config, "widths", ())) > 8:
+        raise UserError(f"{path} is not a model of ours: its configuration holds what none can have")
+    return config
 
 
 def load_model(path, device="cpu"):
@@ -669,7 +781,7 @@ def load_autoencoder(path, device="cpu"):
         return _load(path, device, AutoencoderKL, AutoencoderConfig).to(memory_format=torch.channels_last)
     tensors = {diffusers_name(k): v for k, v in tensors.items() if not k.startswith(FOREIGN)}
     tensors = {k: v.flatten(1) if "attentions" in k and v.dim() == 4 else v for k, v in tensors.items()}    # 1 x 1 convolutions there
-    model = fill(AutoencoderKL(AutoencoderConfig()), tensors, path)
+    model = build(lambda: AutoencoderKL(AutoencoderConfig()), tensors, path)
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -728,7 +840,8 @@ def sha256(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-DOWNLOADS = Path.home() / ".cache" / "anchored-diffusion"
+HOME = os.path.expanduser("~")                     # still "~" for a user without an entry in passwd
+DOWNLOADS = Path(tempfile.gettempdir() if HOME == "~" else HOME) / ".cache" / "anchored-diffusion"
 HUB = "https://huggingface.co"
 # Third-party weights by name: address, pinned to a revision where one is known to us, and sha256 where it is.
 WEIGHTS = {
@@ -771,3 +884,146 @@ def find_weights(name, digest, beside):
         return path
     raise UserError(f"{beside} was made with {name} (sha256 {digest[:12]}...), which is neither beside it nor in "
                     f"{folders[1]}; put that file there")
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
+
+while (_file := os.open(os.devnull, os.O_RDWR)) < 3:
+    pass                                           # stderr is closed: no other file may get its number
+os.close(_file)
+for _name in ("stdout", "stderr"):
+    if getattr(sys, _name) is None:
+        setattr(sys, _name, open(os.devnull, "w"))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with every default in --help, and one sentence for a mistake."""
+
+    class Formatter(argparse.RawDescriptionHelpFormatter):
+        def _get_help_string(self, action):
+            text = action.help or ""
+            shown = "default" in text or action.default in (None, False, argparse.SUPPRESS)
+            return text if shown else f"{text} (default: %(default)s)".strip()
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=self.Formatter, allow_abbrev=False)
+
+    def add_argument(self, *names, **options):
+        return super().add_argument(*names, **{"help": ""} | options)
+
+    def error(self, message):
+        if message.startswith("argument "):
+            message = message[9:].replace(": ", " ", 1)
+        raise UserError(f"{message}; --help says what can be given")
+
+
+def number(kind, low, high=math.inf):
+    """For argparse's `type`: an int or float from `low` to `high`, never nan or inf."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or math.isinf(value):
+            end = "" if high == math.inf else f", up to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not a number of {low} or more{end}")
+        return value
+    parse.__name__ = kind.__name__                 # argparse says "invalid int value"
+    return parse
+
+
+def end_with_parent(*_):
+    """Of a worker process: end when the process that started it is gone, even by kill -9. Ctrl-C
+    and SIGTERM, which a group of processes gets together, are that one's affair."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def interrupt(number, _):
+    if SAID and SAID.exists():                     # this rank only follows
+        with contextlib.suppress(RuntimeError, OSError):
+            sys.stdout.flush()
+        os._exit(2)
+    raise KeyboardInterrupt(number)
+
+
+def run_main(main):
+    """Run a script's `main`. What a user can mend is one sentence on stderr and exit code 2;
+    Ctrl-C and SIGTERM are one line."""
+    signal.signal(signal.SIGTERM, interrupt)
+    if launcher():
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: do not outlive it
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):         # terminals in ASCII, names that are not UTF-8
+            stream.reconfigure(errors="backslashreplace")
+    code = 2
+    try:
+        main()
+        return flush()
+    except UserError as e:
+        code, text = e.code, f"error: {e}"
+    except KeyboardInterrupt as e:
+        code = 128 + (e.args[0] if e.args else signal.SIGINT)
+        text = "stopped; the same command goes on from what is finished"
+    except BrokenPipeError:                        # `| head`
+        text = ""
+    except Exception as e:
+        text = f"error: {explain(e)}"
+    finally:                                       # worker processes would keep this one from ending
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        for child in multiprocessing.active_children():
+            child.kill()
+    leave(code, text)
+
+
+def explain(e):
+    """The sentence for an error of the machine; other errors go on, as the faults of ours they are."""
+    if isinstance(e, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(e):
+        return "out of memory; give smaller sizes or numbers, or use a machine that has more"
+    if not isinstance(e, OSError | safetensors.SafetensorError):
+        if SAID and SAID.exists():                 # another rank went, and a broadcast with it
+            sys.exit(2)
+        raise e
+    full = getattr(e, "errno", 0) == errno.ENOSPC or "os error 28" in str(e).lower()
+    cure = "make room and give the same command again: what was whole is still there"
+    what = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
+    return f"{what}; {cure if full else 'is it there, and may you read and write it?'}"
+
+
+def flush():
+    """Print what is left; a reader that went away is no fault."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+# Of the ranks that torchrun starts on a machine, the one that made this file has said why all end.
+SAID = "TORCHELASTIC_ERROR_FILE" in os.environ and Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1] / "said"
+
+
+def launcher():
+    """Process number of the torchrun that started this rank; None without one."""
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")[:4]
+        if SAID and any(os.path.basename(word) in (b"torchrun", b"torch.distributed.run") for word in words):
+            return os.getppid()
+
+
+def leave(code, text):
+    """End this process with one sentence. Under torchrun, of several ranks that fail alike one
+    speaks, and ends the launcher, which would add a traceback; the ranks follow it."""
+    try:
+        if SAID:
+            SAID.touch(exist_ok=False)
+    except FileExistsError:
+        sys.exit(code)
+    except OSError:                                # the launcher has tidied up
+        pass
+    if text:
+        print(text, file=sys.stderr, flush=True)
+    flush()
+    if code < 128 and (above := launcher()):
+        os.kill(above, signal.SIGKILL)
+    sys.exit(code)

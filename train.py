@@ -6,13 +6,13 @@ holds what they made.
 
 The same command again goes on from the newest state in --out, on any number of processes. SIGTERM saves and leaves.
 """
-import argparse
 import contextlib
 import copy
 import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import sys
@@ -115,20 +115,33 @@ def save_state(out, step, model, ema, optimizer, recipe):
     """RUN/state-STEP.pt (the last two are kept) and RUN/model.safetensors, the EMA weights. Names appear when files are whole."""
     state = dict(step=step, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                  recipe=dataclasses.asdict(model.config) | recipe)
+    tensors = [*model.state_dict().values(), *ema.state_dict().values(), *(v for one in optimizer.state.values() for v in one.values())]
+    if not all((v.abs() < 1e10).all() for v in model.parameters()):             # nor nan
+        raise UserError(f"the weights have no sensible size after step {step}; {NOTHING_SAVED}")
+    data.enough_disk(out, sum(v.nbytes for v in tensors))                       # PyTorch aborts where a disk gets full
     sdit.save_model(out / "model.safetensors", ema)                             # before the state: a run whose last state is there counts as finished
-    temporary = out / "state.tmp"
-    torch.save(state, temporary)
-    os.replace(temporary, out / f"state-{step:08d}.pt")
-    for old in sorted(out.glob("state-*.pt"))[:-2]:
+    with sdit.atomic(out / f"state-{step:08d}.pt") as temporary:
+        torch.save(state, temporary)
+    for old in states(out)[:-2]:
         old.unlink()
+    for left in out.glob(".state-*.tmp.pt"):                                    # of killed runs
+        left.unlink()
+
+
+def states(out):
+    """The states of a run, the newest last; copies that a user keeps beside them, as state-best.pt, are not of them."""
+    return sorted(p for p in out.glob("state-*.pt") if re.fullmatch(r"state-\d+\.pt", p.name))
 
 
 def newest_state(out):
     """(path, state) of the newest state in `out` that is whole, reporting those that are not; (None, None) where there is none."""
-    paths = sorted(out.glob("state-*.pt"), reverse=True)
+    paths = states(out)[::-1]
     for path in paths:
         try:
-            return path, torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if set(state) != {"step", "model", "ema", "optimizer", "recipe"}:
+                raise ValueError("it is not a state")
+            return path, state
         except Exception as e:                                                  # torch raises a dozen kinds for a damaged file
             print(f"{path} is damaged: it does not load ({type(e).__name__}); taking the one before", file=sys.stderr)
     if paths:
@@ -143,12 +156,13 @@ def load_state(out, model, ema, optimizer, recipe):
         return 0
     recipe = dataclasses.asdict(model.config) | recipe
     saved = state["recipe"]
-    changed = [k for k, v in recipe.items() if k != "scene_mean" and v != saved.get(k)]
+    changed = [f"{k} ({saved.get(k)}, now {v})" for k, v in recipe.items() if k != "scene_mean" and v != saved.get(k)]
     means = [recipe["scene_mean"], saved["scene_mean"]]
     if len(means[0]) != len(means[1]) or not np.allclose(*means, atol=1e-4):    # not to the bit: another processor rounds differently
         changed.append("data")
     if changed:
-        raise UserError(f"{path} was trained with another {' and '.join(changed)}; use another --out or the same settings")
+        raise UserError(f"{path} was trained with another {' and '.join(changed)}; give the same settings, or go on from its weights: "
+                        f"--init {out / 'model.safetensors'} and another --out")
     model.load_state_dict(state["model"])
     ema.load_state_dict(state["ema"])
     optimizer.load_state_dict(state["optimizer"])
@@ -283,23 +297,11 @@ class Preview:
         strips = [data.to_images(self.autoencoder.decode(z)) for z in (self.batch["latents"], made)]
         picture = np.stack(strips, 1).swapaxes(2, 3)                            # (rows, 2, h, T, w, 3)
         picture = picture.reshape(-1, *picture.shape[2:])                       # (2 rows, h, T, w, 3)
-        Image.fromarray(picture.reshape(picture.shape[0] * picture.shape[1], -1, 3)).save(path)
+        with sdit.atomic(path) as temporary:
+            Image.fromarray(picture.reshape(picture.shape[0] * picture.shape[1], -1, 3)).save(temporary)
 
 
-def ignore_sigterm(_):
-    """In processes that load rows: SIGTERM, which torchrun sends to the whole group, is the training process's affair."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def check_arguments(a, world):
-    """Refuse what could only fail later."""
-    for name in ("frames", "steps", "batch", "accumulate", "log_every", "save"):
-        if getattr(a, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is 1 or more")
-    if min(a.seed, a.preview, a.warmup) < 0:
-        raise UserError("--seed, --preview and --warmup are 0 or more")
-    if a.batch % (world * a.accumulate):
-        raise UserError(f"--batch {a.batch} does not divide into {world} processes of {a.accumulate} parts; give a multiple of {world * a.accumulate}")
+NOTHING_SAVED = "nothing was saved over; start again with a lower --lr and another --out"
 
 
 def build_preview(a, config, beside, device):
@@ -310,38 +312,54 @@ def build_preview(a, config, beside, device):
         print(f"no previews: {e}")
 
 
-def arguments():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(world):
+    number, count = sdit.number, sdit.number(int, 1)
+    rate, share = number(float, 0), number(float, 0, 1)
+    ap = sdit.Parser(__doc__)
     ap.add_argument("--size", default="XL/2", help="model size: S, B, L or XL with /2, /4 or /8; or demo")
-    ap.add_argument("--frames", type=int, default=8, help="T, frames of a row")
+    ap.add_argument("--frames", type=count, default=8, help="T, frames of a row")
     ap.add_argument("--data", nargs="+", default=["cache"], metavar="CACHE[:SHARE]", help="caches made by data.py; several with shares, as in a:0.9 b:0.1")
     ap.add_argument("--out", type=Path, help="folder of the run (default: runs/SIZE-FRAMES)")
     ap.add_argument("--init", type=Path, help="start from these weights: a model file of train.py, or DiT-XL-2-256x256.pt")
     ap.add_argument("--prediction", choices=("epsilon", "v"), default="epsilon",
                     help="what the network predicts; v learns faster in short trainings")
-    ap.add_argument("--steps", type=int, default=1_000_000)
-    ap.add_argument("--batch", type=int, default=16, help="rows a step, over all processes")
-    ap.add_argument("--accumulate", type=int, default=1, help="parts in which a process works through its rows, to save memory")
-    ap.add_argument("--lr", type=float, default=6.4e-5, help="largest learning rate; cosine to 0")
-    ap.add_argument("--mapping-lr", type=float,
-                    help="the mapping network's (default: a tenth of --lr)")
-    ap.add_argument("--warmup", type=int, default=0, metavar="STEPS",
-                    help="linear warm-up of both learning rates")
-    ap.add_argument("--weight-decay", type=float, default=0.01, help="PyTorch's default; DiT has 0")
-    ap.add_argument("--lambda-ex", type=float, default=1.0, help="extra weight of lips and eyes")
-    ap.add_argument("--drop", type=float, default=0.1, help="probability that a row loses scene and landmarks")
-    ap.add_argument("--ema", type=float, default=0.9999, help="decay of the weight average (less in the first steps)")
+    ap.add_argument("--steps", type=count, default=1_000_000, help="of the whole run")
+    ap.add_argument("--batch", type=count, default=16, help="rows a step, over all processes")
+    ap.add_argument("--accumulate", type=count, default=1, help="parts in which a process works through its rows, to save memory")
+    ap.add_argument("--lr", type=rate, default=6.4e-5, help="largest learning rate; cosine to 0")
+    ap.add_argument("--mapping-lr", type=rate, help="the mapping network's (default: a tenth of --lr)")
+    ap.add_argument("--warmup", type=sdit.number(int, 0), default=0, metavar="STEPS", help="linear warm-up of both learning rates")
+    ap.add_argument("--weight-decay", type=rate, default=0.01, help="PyTorch's default; DiT has 0")
+    ap.add_argument("--lambda-ex", type=rate, default=1.0, help="extra weight of lips and eyes")
+    ap.add_argument("--drop", type=share, default=0.1, help="probability that a row loses scene and landmarks")
+    ap.add_argument("--ema", type=share, default=0.9999, help="decay of the weight average (less in the first steps)")
     ap.add_argument("--precision", choices=("bf16", "fp32"), help="of the matrix products (default: bf16 where the device has it); weights stay float32")
     ap.add_argument("--compile", action="store_true", help="torch.compile every block: a minute of waiting, then faster steps")
-    ap.add_argument("--workers", type=int, help="processes that load rows (default: 4 with a GPU, else 0)")
-    ap.add_argument("--log-every", type=int, default=50, help="steps between log lines (torchrun takes --log for its own)")
-    ap.add_argument("--save", type=int, default=500, help="steps between states")
-    ap.add_argument("--preview", type=int, default=2000, help="steps between pictures of held-out clips, RUN/preview-STEP.png; 0 for none")
-    ap.add_argument("--seed", type=int, default=0)
+    ap.add_argument("--workers", type=number(int, 0, 256), help="processes that load rows (default: 4 with a GPU, else 0)")
+    ap.add_argument("--log-every", type=count, default=50, help="steps between log lines (torchrun takes --log for its own)")
+    ap.add_argument("--save", type=count, default=500, help="steps between states")
+    ap.add_argument("--preview", type=number(int, 0), default=2000, help="steps between pictures of held-out clips, RUN/preview-STEP.png; 0 for none")
+    ap.add_argument("--seed", type=number(int, 0, 2 ** 31), default=0, help="of weights, rows and noise")
     a = ap.parse_args()
     a.mapping_lr = a.lr / 10 if a.mapping_lr is None else a.mapping_lr
     a.out = a.out or Path("runs") / f"{a.size.replace('/', '-')}-{a.frames}"
+    if a.batch % (world * a.accumulate):
+        raise UserError(f"--batch {a.batch} does not divide into {world} processes of {a.accumulate} parts; give a multiple of {world * a.accumulate}")
+    if a.init and a.init.resolve() == (a.out / "model.safetensors").resolve():
+        raise UserError(f"{a.init} would be written over; name another --out")
     return a
+
+
+def next_rows(loader):
+    """The next batch; UserError where the system killed a process that loads rows."""
+    try:
+        return next(loader)
+    except UserError as e:                                                      # of the other process, with its traceback
+        raise UserError(str(e).strip().splitlines()[-1].removeprefix("sdit.UserError: ")) from None
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e) or "Traceback" in str(e):
+            raise
+        raise UserError("the system killed a process that loads rows, for lack of memory perhaps; the same command goes on, with fewer --workers") from None
 
 
 def report(log, bar, entry):
@@ -350,23 +368,28 @@ def report(log, bar, entry):
     mse: of what is predicted, weighted as in the loss, of all t and by quarters of t."""
     log.write(json.dumps(entry) + "\n")
     log.flush()
-    e, left = entry, time.strftime("%H:%M:%S", time.gmtime(entry["eta_s"] % 86400))
+    e, days = entry, entry["eta_s"] / 86400
+    left = f"{days:,.0f} days" if days > 30 else f"{int(days)}d {time.strftime('%H:%M:%S', time.gmtime(entry['eta_s'] % 86400))}"
     bar.write(f"step {e['step']} mse {e['mse']:.4f} by t {'/'.join(f'{q:.3f}' for q in e['quarters'])} bound {e['bound']:.4f} lr {e['lr']:.1e} "
               f"norm {e['norm']:.2f} {e['rows_per_s']:.1f} rows/s {e['tflops']:.3g} TFLOP/s {e['mfu']:.0%} of peak {e['memory_gib']:.1f} GiB "
-              f"{int(e['eta_s'] // 86400)}d {left} left")
+              f"{left} left")
 
 
 def main():
-    a = arguments()
+    a = arguments(int(os.environ.get("WORLD_SIZE", 1)))
+    rows = data.Rows(a.data, a.frames, a.seed)
+    with sdit.owned(a.out / "run") if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
+        train(a, rows)
+
+
+def train(a, rows):
     rank, world, device = join()
-    check_arguments(a, world)
     part = a.batch // world // a.accumulate
     a.precision = a.precision or ("bf16" if sdit.has_bf16(device.type) else "fp32")
     dtype = torch.bfloat16 if a.precision == "bf16" else torch.float32
-    rows = data.Rows(a.data, a.frames, a.seed)
     torch.manual_seed(a.seed)
     model = build_model(rows, a.size, a.frames, a.prediction)
-    if a.init and not list(a.out.glob("state-*.pt")):
+    if a.init and not states(a.out):
         sdit.init_weights(model, a.init)
     model.to(device)
     if world > 1:
@@ -391,11 +414,12 @@ def main():
         mapping, count = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.mapping, model))
         print(f"{a.size}, {a.frames} frames: {count:.1f} M parameters ({mapping:.1f} M of them mapping); {len(rows)} clips; {world} x {device.type}, "
               f"{a.precision}, peak {peak:.3g} TFLOP/s; from step {start}")
-    stop = []                                                                   # filled by SIGTERM
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    stop = []                                                                   # filled by Ctrl-C and SIGTERM
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: stop.append(signal.Signals(number).name))
     workers = a.workers if a.workers is not None else 4 * (device.type == "cuda")
     loader = iter(DataLoader(rows, batch_sampler=shares(start, a.steps, a.batch, rank, world, a.accumulate), num_workers=workers,
-                             pin_memory=device.type == "cuda", worker_init_fn=ignore_sigterm))
+                             pin_memory=device.type == "cuda", worker_init_fn=sdit.end_with_parent))
     shape = (a.batch, a.frames, model.config.latent_channels, model.config.latent_size, model.config.latent_size)
     meter, logged, log = Meter(device), (start, time.time()), open(a.out / "log.jsonl", "a") if rank == 0 else None
     bar = tqdm(range(start, a.steps), initial=start, total=a.steps, unit="step", dynamic_ncols=True, disable=rank > 0)
@@ -405,7 +429,7 @@ def main():
         drawn = draw(a.seed, step, shape, a.drop)
         optimizer.zero_grad(set_to_none=True)
         for k in range(a.accumulate):
-            batch = {name: x.to(device, non_blocking=True) for name, x in next(loader).items()}
+            batch = {name: x.to(device, non_blocking=True) for name, x in next_rows(loader).items()}
             first = (rank * a.accumulate + k) * part
             t, noise, drop = (x[first:first + part].to(device, non_blocking=True) for x in drawn)
             with objective.no_sync() if world > 1 and k + 1 < a.accumulate else contextlib.nullcontext():
@@ -426,9 +450,8 @@ def main():
             continue
         mse, bound, quarters, bad, stopping = meter.read(bool(stop), clear=logging)
         if bad is not None or not math.isfinite(norm):
-            raise UserError(f"the loss or its gradient was not finite at step {bad or step + 1}; nothing was saved over. Start again with a lower --lr and "
-                            f"another --out (from {a.out}/model.safetensors, if it is there, with --init)")
-        if logging and rank == 0:
+            raise UserError(f"the loss or its gradient was not finite at step {bad or step + 1}; {NOTHING_SAVED}")
+        if (logging or stopping) and rank == 0 and step + 1 > logged[0]:
             speed = (step + 1 - logged[0]) * a.batch / (time.time() - logged[1])
             report(log, bar, dict(step=step + 1, mse=mse, bound=bound, quarters=quarters, lr=optimizer.param_groups[0]["lr"], norm=norm,
                                   rows_per_s=speed, tflops=speed * flops / 1e12, mfu=speed * flops / 1e12 / peak / world,
@@ -439,7 +462,7 @@ def main():
         if stopping and step + 1 < a.steps:
             bar.close()
             if rank == 0:
-                print(f"stopped by SIGTERM; saved after step {step + 1}; the same command goes on")
+                print(f"stopped by {(stop or ['another process'])[0]}; saved after step {step + 1}; the same command goes on")
             break
     if world > 1:
         dist.barrier()                                                          # rank 0 may still be writing

@@ -189,8 +189,8 @@ if len(calls) == 1:
         curate.search(a)
     curate.search(a)
     calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
-    assert [c[0] for c in calls] == ["ytsearch20:somebody known", "https://example.org/channel", "https://example.org/channel"]
-    assert calls[1][1:3] == ["-I", "1:20"] and all("--download-archive" in c and "height>=?720 & !is_live & duration<3600" in c for c in calls)
+    assert [c[-2:] for c in calls] == [["--", q] for q in ("ytsearch20:somebody known", "https://example.org/channel", "https://example.org/channel")]
+    assert calls[1][:2] == ["-I", "1:20"] and all("--download-archive" in c and "height>=?720 & !is_live & duration<3600" in c for c in calls)
     curate.search(a)                                                            # all done: nothing is asked again
     assert len((tmp_path / "calls").read_text().splitlines()) == 3
     monkeypatch.setenv("PATH", "")

@@ -144,11 +144,10 @@ def test_learning_rates_warm_up_and_fall(cache, tmp_path, monkeypatch):
 @pytest.fixture
 def cache(tmp_path):
     about = dict(latent_channels=6, latent_size=16, scene_width=128, autoencoder="a", autoencoder_sha256="1", clip="c", clip_sha256="2")
-    writer = data.CacheWriter(tmp_path / "cache")
+    writer = data.CacheWriter(tmp_path / "cache", about)
     for value in range(1, 5):
         writer.add(record(8, value, 6, 16, 128), dict(file=str(value)))
-    writer.flush()
-    data.finish_cache(tmp_path / "cache", about)
+    writer.finish([dict(file=str(value), frames=8) for value in range(1, 5)])
     return tmp_path / "cache"
 
 
@@ -327,11 +326,10 @@ def test_preview(tmp_path, monkeypatch):
     """Two strips a row: the clip as it is, and what the model makes."""
     about = dict(latent_channels=6, latent_size=16, scene_width=128, autoencoder="autoencoder.safetensors", clip="c", clip_sha256="2",
                  autoencoder_sha256=sdit.sha256(ROOT / "demo" / "autoencoder.safetensors"))
-    writer = data.CacheWriter(tmp_path / "cache")
+    writer = data.CacheWriter(tmp_path / "cache", about)
     for value in range(1, 4):
         writer.add(record(8, value, 6, 16, 128), dict(file=str(value)))
-    writer.flush()
-    data.finish_cache(tmp_path / "cache", about)
+    writer.finish([dict(file=str(value), frames=8) for value in range(1, 4)])
     run(tmp_path / "cache", tmp_path / "run", monkeypatch, "--preview", "4")
     assert Image.open(tmp_path / "run" / "preview-00000004.png").size == (2 * 64, 2 * 3 * 64)
 
