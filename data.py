@@ -9,12 +9,15 @@ finds the face in every frame and the one square of the clip, `crop` cuts it, `S
 import argparse
 import contextlib
 import functools
+import io
+import itertools
 import json
 import math
 import os
 import resource
 import shutil
 import sys
+import tempfile
 import time
 import zlib
 from collections import defaultdict
@@ -29,15 +32,22 @@ import safetensors
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from av.stream import Disposition
+from PIL import Image, ImageCms, ImageOps, ImageSequence, PngImagePlugin
 from tqdm import tqdm
 
 import sdit
 from sdit import LANDMARK_COMPONENTS, LANDMARKS, UserError
 
 DEMO = Path(__file__).resolve().parent / "demo"
-VIDEOS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+VIDEOS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".ts", ".mts", ".mpg", ".3gp", ".wmv", ".flv"}
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic"}
+with contextlib.suppress(ImportError):             # optional
+    import pillow_heif
+    pillow_heif.register_heif_opener()
+Image.init()
+# Named, as PIL hands others to programs of their own: PostScript to Ghostscript
+FORMATS = [f for f in ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "HEIF") if f in Image.OPEN]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Video and pictures, in and out
@@ -51,97 +61,319 @@ def open_video(path):
         container = av.open(str(path))
     except (av.FFmpegError, OSError) as e:
         raise UserError(f"{path} is not a video that can be read ({e.strerror or e}); re-encode it, for example as H.264 in .mp4") from None
-    if not container.streams.video:
+    if not video_stream(container):
         container.close()
-        raise UserError(f"{path} has no video stream, only sound or text")
-    container.streams.video[0].thread_type = "AUTO"
+        raise UserError(f"{path} has no video stream, only sound, text or a cover")
+    video_stream(container).thread_type = "AUTO"
     return container
 
 
+def video_stream(container):
+    """The video stream that players show: the default one. Covers and thumbnails are none."""
+    covers = Disposition.attached_pic | Disposition.timed_thumbnails
+    streams = [s for s in container.streams.video if not s.disposition & covers]
+    return max(streams, key=lambda s: (s.frames != 1, s.disposition & Disposition.default), default=None)
+
+
+def decode(container, path):
+    """Frames of the video stream. What comes before the first key frame may not decode: that is skipped."""
+    count = 0
+    try:
+        for packet in container.demux(video_stream(container)):
+            try:
+                frames = packet.decode()
+            except av.InvalidDataError:
+                if count:
+                    raise
+                continue
+            for frame in frames:
+                count += 1
+                yield frame
+    except av.FFmpegError as e:
+        raise UserError(f"{path} cannot be decoded beyond frame {count} ({e.strerror}); re-encode it") from None
+    if not count:
+        raise UserError(f"{path} holds no frame that can be decoded; re-encode it")
+
+
+class Screen:
+    """Turns decoded frames of a video stream into the pictures (h, w, 3) uint8 that players show: square
+    pixels, upright, BT.709, and all of the size of the first one."""
+
+    def __init__(self, stream):
+        self.aspect, self.size, self.kind = float(stream.sample_aspect_ratio or 1), None, None
+
+    def __call__(self, frame):
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        matrix = np.frombuffer(matrix, np.int32).tolist() if matrix else [1, 0, 0, 0, 1]
+        color = frame.colorspace, frame.color_range, frame.color_trc, frame.color_primaries
+        kind = frame.width, frame.height, frame.format.name, *color, *matrix
+        if kind != self.kind:                                                   # the first one; or the stream changes
+            self.kind, self.graph = kind, self._graph(frame, matrix)
+        self.graph.push(frame)
+        return self.graph.pull().to_ndarray()
+
+    def _graph(self, frame, matrix):
+        """A filter graph of FFmpeg for frames like this one."""
+        self.size = self.size or (round(frame.width * self.aspect), frame.height)
+        wide = frame.color_primaries == BT2020 or frame.color_trc in (PQ, HLG)
+        high = "bt709" if max(frame.height, frame.width) >= 1280 or frame.height >= 720 else "auto"
+        tags = "auto" if frame.colorspace != UNSPECIFIED else "bt2020" if wide else high
+
+        a, b, _, c, d = matrix[:5]
+        turned = abs(b) > abs(a)
+        across, down = (c, b) if turned else (a, d)
+
+        graph = av.filter.Graph()
+        chain = [graph.add("buffer", video_size=f"{frame.width}x{frame.height}", pix_fmt=frame.format.name,
+                           colorspace=str(frame.colorspace), range=str(frame.color_range), time_base="1/25"),
+                 graph.add("scale", w=str(self.size[0]), h=str(self.size[1]), in_color_matrix=tags)]
+        if wide:
+            chain += [graph.add("format", "gbrp16le"), graph.add("lut3d", file=standard_range(frame.color_trc).name)]
+        chain += [graph.add("transpose", "cclock_flip")] if turned else []
+        chain += [graph.add("hflip")] if across < 0 else []
+        chain += [graph.add("vflip")] if down < 0 else []
+        graph.link_nodes(*chain, graph.add("format", "rgb24"), graph.add("buffersink")).configure()
+        return graph
+
+
+# H.273: BT.709 of all; a matrix; primaries; two transfer functions; and FFmpeg's number of a range
+BT709, UNSPECIFIED, BT2020, PQ, HLG, LIMITED = 1, 2, 9, 16, 18, 1
+
+
+@functools.cache
+def standard_range(transfer, n=33):
+    """A file with a table for FFmpeg's lut3d, from RGB of BT.2020 to BT.709; of HDR tone-mapped. It does what FFmpeg's
+    zscale and `tonemap=mobius:desat=0` do where 1 is 100 cd/m2, and PyAV comes without zscale."""
+    v = np.stack(np.meshgrid(*[np.linspace(0, 1, n)] * 3, indexing="ij")[::-1], -1).reshape(-1, 3)      # red runs fastest
+    if transfer == PQ:                                                          # SMPTE ST 2084
+        root = v ** (1 / 78.84375)
+        light = 100 * (np.maximum(root - 0.8359375, 0) / (18.8515625 - 18.6875 * root)) ** (1 / 0.1593017578125)
+    elif transfer == HLG:                                                       # ARIB STD-B67 on a display of 1000 cd/m2
+        scene = np.where(v <= 0.5, v * v / 3, (np.exp((v - 0.55991073) / 0.17883277) + 0.28466892) / 12)
+        light = 10 * scene ** 1.2
+    else:
+        light = v ** 2.4
+    light = light @ np.array([[1.6605, -0.1246, -0.0182], [-0.5876, 1.1329, -0.1006], [-0.0728, -0.0083, 1.1187]])
+
+    if transfer in (PQ, HLG):                                                   # up to 0.3 as it is, 10 becomes 1
+        top, j, peak = light.max(1, keepdims=True).clip(1e-6), 0.3, 10
+        a, b = -j * j * (peak - 1) / (j * j - 2 * j + peak), (j * j - 2 * j * peak + peak) / (peak - 1)
+        light *= np.where(top > j, (b + j) ** 2 / (b - a) * (top + a) / (top + b), top) / top
+
+    file = tempfile.NamedTemporaryFile("w", suffix=".cube")
+    np.savetxt(file, light.clip(0, 1) ** (1 / 2.4), "%.5f", header=f"LUT_3D_SIZE {n}", comments="")
+    file.flush()
+    return file
+
+
+GAP = 60                                           # seconds; a longer step is a clock that was set anew
+
+
 class Video:
-    """A video as a sequence of upright RGB frames at a constant rate. `fps` is a Fraction, `start` the time of its first
-    frame in seconds, `len()` the number of frames.
+    """A video, or a picture, as a sequence of RGB frames as players show them, at a constant rate. `fps` is a Fraction,
+    `start` the time of its first frame in seconds, `len()` the number of frames.
 
     A file of constant rate gives its frames one to one. One of variable rate (phones, screen captures) is resampled by
-    true time to its average rate: tick k shows the last frame that began by then."""
+    true time to its average rate: tick k shows the last frame that began by then. Where the clock goes back or leaps (recordings
+    joined), the next frame follows at the usual distance."""
 
     def __init__(self, path):
         self.path = path
-        with open_video(path) as container:
-            stream = container.streams.video[0]
-            try:
-                times = [p.dts if p.pts is None else p.pts for p in container.demux(stream) if p.size and not p.is_discard]
-            except av.FFmpegError as e:
-                raise UserError(f"{path} cannot be read to its end ({e.strerror}); re-encode it") from None
-            self.fps = Fraction(stream.average_rate or stream.guessed_rate or 25)
-            if None in times:                                                   # a raw stream: no timing but its rate
-                times = np.arange(len(times)) / float(self.fps)
-            else:
-                times = np.sort(times) * float(stream.time_base)
-        self.start = times[0] if len(times) else 0.0
-        times = times - self.start
-        self.repeats = np.ones(len(times), int)                                 # how often each frame of the file is shown
-        if len(times) > 1 and abs(times - np.arange(len(times)) / float(self.fps)).max() > 0.6 / self.fps:
-            self.fps = Fraction((len(times) - 1) / times[-1]).limit_denominator(1001)
-            ticks = np.arange(round(times[-1] * self.fps) + 1) / float(self.fps) + 1e-6
-            self.repeats = np.bincount(np.searchsorted(times, ticks, "right") - 1, minlength=len(times))
+        self.is_picture = read_picture(path) is not None
+        about = Path(path).stat()
+        times, rates = read_times(path, about.st_mtime_ns, about.st_size)
+        self.start = times[0]
+
+        step = np.diff(times)
+        usual = np.median(step[(step > 0) & (step <= GAP)]) if (step > 0).any() else 0
+        seams = (step < -2.5 * usual) | (step > GAP)
+        times = np.sort(np.cumsum([0, *np.where(seams, usual, step)]))          # sorted: small steps back are slips
+        M, length = len(times), times[-1] - times[0]
+
+        self.repeats = np.ones(M, int)                                          # how often each frame of the file is shown
+        if length:
+            rates += [Fraction(rate).limit_denominator(1001) for rate in (1 / usual, (M - 1) / length)]
+        for self.fps in rates:
+            if not length or abs(times - np.arange(M) / float(self.fps)).max() <= 0.6 / self.fps:
+                break
+        else:
+            ticks = np.arange(round(length * self.fps) + 1) / float(self.fps) + 1e-6
+            self.repeats = np.bincount(np.searchsorted(times, ticks, "right") - 1, minlength=M)
         self.length = int(self.repeats.sum())
-        if not self.length:
-            raise UserError(f"{path} holds no frames")
 
     def __len__(self):
         return self.length
 
     def __iter__(self):
-        """Frames (h, w, 3) uint8, rotated upright, one at a time; always len(self) of them."""
-        count, frame = 0, None
-        with open_video(self.path) as container:
-            try:
-                for frame, repeat in zip(container.decode(video=0), self.repeats):
-                    for _ in range(repeat):
-                        count += 1
-                        yield upright(frame)
-            except av.FFmpegError as e:
-                raise UserError(f"{self.path} cannot be decoded beyond frame {count} ({e.strerror}); re-encode it") from None
-        if frame is None:
-            raise UserError(f"{self.path} holds no frame that can be decoded; re-encode it")
-        for _ in range(self.length - count):                                    # packets that decode to nothing
-            yield upright(frame)
+        """Frames (h, w, 3) uint8, one at a time; always len(self) of them."""
+        for frame, repeat in zip(read_frames(self.path), self.repeats):
+            yield from [frame] * repeat
 
 
-def upright(frame):
-    """(h, w, 3) uint8 of a decoded frame, turned as its display matrix says, as players do."""
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90 % 4))
+def read_frames(path):
+    """Yield the frames of a video, or the pictures of a picture file, as shown (h, w, 3) uint8, each once."""
+    frame = None
+    for frame, _ in read_pictures(path):
+        yield frame
+    if frame is None:
+        with open_video(path) as container:
+            yield from map(Screen(video_stream(container)), decode(container, path))
+
+
+@functools.lru_cache(256)
+def read_times(path, *version):
+    """([seconds at which each frame begins], [rates that the file claims]) of a video. Only decoding tells them: packets may hold
+    no picture, or one that cannot be decoded. `version` of the file, for the cache."""
+    if pictures := [seconds for _, seconds in read_pictures(path)]:
+        return np.cumsum([0, *pictures[:-1]]), [Fraction(25)]
+    with open_video(path) as container:
+        stream = video_stream(container)
+        stream.codec_context.options = dict(skip_loop_filter="all", skip_idct="all")        # the pictures are not looked at
+        frames = tqdm(decode(container, path), "frames", unit="frame", leave=False, disable=None, delay=5)
+        times = [(frame.pts, frame.dts) for frame in frames]
+        rates = [Fraction(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate] or [Fraction(25)]
+    for clock in zip(*times):                                                   # AVI has times of decoding only; a raw stream none
+        if None not in clock:
+            return np.array(clock) * float(stream.time_base), rates
+    return np.arange(len(times)) / float(rates[0]), rates
 
 
 def read_picture(path):
-    """(h, w, 3) uint8 of a still picture: EXIF rotation applied, transparency over white, 16 bits scaled to 8; None for a
-    file that is not a picture (a video, perhaps). UserError where it is one by name only."""
+    """(h, w, 3) uint8 of a still picture, or of the first one of several; None for a file that is not a picture (a video,
+    perhaps). UserError where it is one by name only."""
+    return next((picture for picture, _ in read_pictures(path)), None)
+
+
+def read_pictures(path):
+    """Yield (picture (h, w, 3) uint8, seconds that it is shown) of a picture file: one, or those of an animation."""
     if not Path(path).is_file():
         raise UserError(f"no such file: {path}")
     try:
-        image = ImageOps.exif_transpose(Image.open(path))
+        with Image.open(path, formats=FORMATS) as image:
+            for page in ImageSequence.Iterator(image):
+                yield as_shown(page), (page.info.get("duration") or 100) / 1000
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:           # SyntaxError: PIL's word for a broken PNG
-        if Path(path).suffix.lower() not in PICTURES:
-            return None
+        with open(path, "rb") as f:
+            if f.read(12)[4:] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypavif"):
+                e = "HEIC and AVIF need: pip install pillow-heif"
+            elif Path(path).suffix.lower() not in PICTURES:
+                return
         raise UserError(f"{path} is not a picture that can be read ({e}); save it again") from None
+
+
+def as_shown(image):
+    """(h, w, 3) uint8 of a PIL image as viewers show it: EXIF rotation applied, 16 bits scaled to 8, transparency over white, its
+    colour profile applied."""
+    profile, image = image.info.get("icc_profile"), ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):                                              # 16-bit grey
         image = Image.fromarray((np.asarray(image).astype(np.float64) / 256).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "P"):
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if profile:
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):                 # a broken profile, or one for other colours
+            image = ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB")
     return np.array(image.convert("RGB"))
 
 
 def check_output(path, *inputs):
     """Refuse an output name that could only fail, or destroy an input, at the end of the work."""
-    if Path(path).suffix.lower() not in {".mp4", ".mov", ".mkv", ".m4v"} or Path(path).is_dir():
-        raise UserError(f"cannot write {path}; name a file that ends in .mp4, .mov or .mkv")
+    if Path(path).suffix.lower() not in {".mp4", ".mov", ".mkv", ".m4v", ".png"} or Path(path).is_dir():
+        raise UserError(f"cannot write {path}; name a file that ends in .mp4, .mov or .mkv, or in .png for one frame")
     folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"cannot write {path}: {folder} is not a folder you may write to")
     if Path(path).exists() and any(Path(other).exists() and os.path.samefile(path, other) for other in inputs):
         raise UserError(f"the output {path} is also an input; choose another --out")
+
+
+# By ending of the file: the name of the format in FFmpeg
+CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".m4v": "ipod"}
+AAC_RATES = {8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000}
+
+
+def audio_stream(container):
+    """The default audio stream, or None."""
+    return max(container.streams.audio, key=lambda s: s.disposition & Disposition.default, default=None)
+
+
+class Sound:
+    """The sound of a video on its way into another file of the kind `suffix`. How it goes, `way`, is found out at once by a trial in memory:
+    "copy" where every player knows the codec and the container takes it, else "code", as AAC, else None, said in one sentence."""
+
+    def __init__(self, video, suffix):
+        self.video, self.suffix, self.way, reason = video, suffix, None, "its codec has no decoder here"
+        if video.is_picture:
+            return
+        with open_video(video.path) as source:
+            audio = audio_stream(source)
+            if not audio or not audio.codec_context:
+                ways = []
+            elif audio.codec_context.name in ("aac", "mp3", "mp3float", "ac3", "eac3", "alac"):
+                ways = ["copy", "code"]
+            else:
+                ways = ["code"]
+        for self.way in ways:
+            try:
+                with av.open(io.BytesIO(), "w", CONTAINERS[suffix]) as trial, self.joined(trial) as write:
+                    if write(packets=64):
+                        return
+                reason = "nothing of it can be decoded"
+            except (av.FFmpegError, ValueError) as e:
+                reason = getattr(e, "strerror", None) or e
+        self.way = None
+        if audio:
+            print(f"the sound of {video.path} is left out: {reason}")
+
+    @contextlib.contextmanager
+    def joined(self, target):
+        """Add the sound's stream to an open container; gives a function that writes it there."""
+        if not self.way:
+            yield lambda: None
+            return
+        with open_video(self.video.path) as source:
+            audio = audio_stream(source)
+            if self.way == "copy":
+                stream = target.add_stream_from_template(audio)
+            else:
+                stream = target.add_stream("aac", rate=audio.rate if audio.rate in AAC_RATES else 48000,
+                                           layout="mono" if audio.channels == 1 else "stereo")
+            yield functools.partial(self._write, source, audio, target, stream)
+
+    def _write(self, source, audio, target, stream, span=(0.0, math.inf), packets=None):
+        """Write `span`, seconds of the video, or the first packets. Returns how many pieces there were."""
+        begin, end = (self.video.start + seconds for seconds in span)
+        shift, expected, count = 0, None, 0
+        for packet in itertools.islice(source.demux(audio), packets):
+            try:
+                pieces = [packet] if self.way == "copy" else packet.decode()
+            except av.InvalidDataError:                                         # as players do: on with the next
+                continue
+            for piece in pieces:
+                if piece.pts is None:
+                    continue
+                time = piece.pts * piece.time_base + shift
+                if expected is not None and not -0.5 < time - expected <= GAP:  # a clock that was set anew
+                    shift += expected - time
+                    time = expected
+                duration = piece.duration * piece.time_base if self.way == "copy" else Fraction(piece.samples, piece.sample_rate)
+                expected = time + (duration or 0)
+                if packets is None and not begin <= time < end:
+                    continue
+                count += 1
+                piece.pts = round((time - begin) / piece.time_base)
+                if self.way == "copy":
+                    piece.dts, piece.stream = piece.pts, stream
+                target.mux(piece if self.way == "copy" else stream.encode(piece))
+        if self.way == "code" and count:
+            target.mux(stream.encode(None))
+        return count
+
+
+@functools.lru_cache(8)
+def find_sound(video, suffix):
+    """The Sound of a Video for a file with this ending; asked again, it is not tried (and not said) again."""
+    return Sound(video, suffix)
 
 
 class VideoWriter:
@@ -151,69 +383,66 @@ class VideoWriter:
             out.write(frame)                                                    # (h, w, 3) uint8, h and w even
 
     The file appears under its name when all is written; after an exception nothing is left. `span`, seconds (from, to) of
-    the other file, cuts the sound. Sound that every player knows in an .mp4 is copied packet by packet, other kinds are coded as AAC."""
+    the other file, cuts the sound. A name in .png takes one frame, as a still picture."""
 
     def __init__(self, path, fps, comment="", sound=None, span=(0.0, float("inf"))):
         self.path, self.fps, self.comment, self.sound, self.span = Path(path), Fraction(fps), comment, sound, span
         self.temporary = self.path.with_name(f".{self.path.stem}.{os.getpid()}{self.path.suffix}")
+        self.still = self.path.suffix.lower() == ".png"
 
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.stack, self.stream, self.count = contextlib.ExitStack(), None, 0
+        if self.still:
+            return self
         try:
-            self.container = av.open(str(self.temporary), "w")
+            self.container = av.open(str(self.temporary), "w", options=dict(fflags="+bitexact"))    # no random numbers in .mkv
         except (ValueError, av.FFmpegError, OSError) as e:
             raise UserError(f"cannot write {self.path} ({e}); name it like out.mp4, in a folder you may write to") from None
         self.container.metadata["comment"] = self.comment
-        self.stream, self.count = None, 0
         return self
 
     def write(self, frame):
+        if self.still:
+            about = PngImagePlugin.PngInfo()
+            about.add_text("Comment", self.comment)
+            return Image.fromarray(frame).save(self.temporary, pnginfo=about)
         if self.stream is None:
             self._open(*frame.shape[:2])
-        picture = av.VideoFrame.from_ndarray(frame, "rgb24")
+        picture = av.VideoFrame.from_ndarray(frame, "rgb24").reformat(format="yuv420p", dst_colorspace=BT709, dst_color_range=LIMITED)
         picture.pts, picture.time_base = self.count, 1 / self.fps
         self.count += 1
         self.container.mux(self.stream.encode(picture))
 
     def _open(self, height, width):
-        self.stream = self.container.add_stream("libx264", rate=self.fps, options={"crf": "16", "preset": "fast"})
+        # x264's macroblock tree reads memory that it never wrote at some sizes, 64 pixels among them: another file each time
+        self.stream = self.container.add_stream("libx264", rate=self.fps, options={"crf": "16", "preset": "fast", "mbtree": "0"})
         self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "yuv420p"
-        self.stream.time_base = self.stream.codec_context.time_base = 1 / self.fps
-        self.other = open_video(self.sound.path) if self.sound else None
-        self.audio = self.other.streams.audio[0] if self.other and self.other.streams.audio else None
-        if self.audio:
-            self.copy = self.audio.codec_context.name in ("aac", "mp3", "mp3float", "ac3", "eac3", "alac")
-            self.voice = self.container.add_stream_from_template(self.audio) if self.copy else \
-                self.container.add_stream("aac", rate=self.audio.rate)
-
-    def _write_sound(self):
-        begin, end = (self.sound.start + seconds for seconds in self.span)
-        try:
-            for packet in self.other.demux(self.audio):
-                for piece in [packet] if self.copy else packet.decode():
-                    if piece.pts is None or not begin <= piece.pts * piece.time_base < end:
-                        continue
-                    piece.pts -= round(begin / piece.time_base)
-                    if self.copy:
-                        piece.dts, piece.stream = piece.pts, self.voice
-                    self.container.mux(piece if self.copy else self.voice.encode(piece))
-            if not self.copy:
-                self.container.mux(self.voice.encode(None))
-        except av.FFmpegError as e:                                             # the pictures are worth more than the end of the sound
-            print(f"the sound of {self.sound.path} could not be taken over to its end ({e.strerror})")
+        context = self.stream.codec_context
+        self.stream.time_base = context.time_base = 1 / self.fps
+        context.colorspace = context.color_primaries = context.color_trc = BT709
+        context.color_range = LIMITED
+        self.write_sound = self.stack.enter_context(find_sound(self.sound, self.path.suffix.lower()).joined(self.container)) if self.sound else None
 
     def __exit__(self, kind, *_):
         try:
-            if kind is None and self.stream:
-                self.container.mux(self.stream.encode(None))
-                if self.audio:
-                    with self.other:
-                        self._write_sound()
-            self.container.close()
+            with self.stack:
+                if kind is None and self.stream:
+                    self.container.mux(self.stream.encode(None))
+                    if self.write_sound:
+                        self._finish_sound()
+            if not self.still:
+                self.container.close()
             if kind is None:
                 os.replace(self.temporary, self.path)
         finally:
             self.temporary.unlink(missing_ok=True)
+
+    def _finish_sound(self):
+        try:
+            self.write_sound(span=self.span)
+        except (av.FFmpegError, ValueError) as e:                               # the pictures are worth more than the end of the sound
+            print(f"the sound of {self.sound.path} could not be taken over to its end ({getattr(e, 'strerror', None) or e})")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -459,8 +459,7 @@ def load_models(path=DEMO / "sdit.safetensors", device=None, engine=None):
 def read_source(path, landmarker, size, number):
     """(face crop (size, size, 3) uint8, landmarks (478, 3), how many faces there are) of face `number` of a picture, or of a video's first
     frame with a face."""
-    picture = data.read_picture(path)
-    for frame in data.Video(path) if picture is None else [picture]:
+    for frame in data.read_frames(path):
         if faces := list(landmarker.everyone(frame)):
             points = data.pick_face(faces, number, path)
             return data.crop(frame, data.face_square(points[None]), size), points, len(faces)
@@ -493,10 +492,11 @@ def write_frames(paths, latent, wanted, autoencoder, driving, square, source, co
                 images = data.to_images(autoencoder.decode(torch.stack([latent(f) for f in wanted[i:i + 8]]).to(device, torch.float32)))
             with watch("writing"):
                 for image in images:
+                    image = data.resize(image, max(256, len(image)))            # H.264 blurs smaller ones: at 64 pixels twice as much
                     files[0].write(image)
                     for comparison in files[1:]:
                         panels = [*([] if source is None else [source]), data.crop(next(shown), square), image]
-                        comparison.write(np.concatenate([data.resize(panel, max(256, len(image))) for panel in panels], 1))
+                        comparison.write(np.concatenate([data.resize(panel, len(image)) for panel in panels], 1))
                     bar.update()
 
 
@@ -510,7 +510,7 @@ def reenact(source=None, driving=DEMO / "driving.mp4", out="reenacted.mp4", mode
     ("a:b"); `compare` writes, beside it, OUT-compare.mp4: source, driving face, result. `face`: which face of driving and source, by size.
     The rest is as on the command line. Under torchrun the processes share the rows, and rank 0 writes. Returns the seconds by part.
     Raises UserError on bad input; then nothing is written."""
-    watch, paths = data.Stopwatch(), [Path(out), Path(out).with_name(f"{Path(out).stem}-compare.mp4")][:1 + compare]
+    watch, paths = data.Stopwatch(), [Path(out), Path(out).with_name(f"{Path(out).stem}-compare{'.png' if Path(out).suffix == '.png' else '.mp4'}")][:1 + compare]
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     settings, source = Settings(steps, sampler, guidance, method, seed), source if source or prompt else DEMO / "source.png"
     driving_face, source_face = (*face, 0)[:2]
@@ -527,6 +527,10 @@ def reenact(source=None, driving=DEMO / "driving.mp4", out="reenacted.mp4", mode
     with watch("landmarks"):
         video = data.Video(driving)
         wanted = parse_only(only, len(video)) if only else range(len(video))
+        if Path(out).suffix.lower() == ".png" and len(wanted) > 1:
+            raise UserError(f"{out} cannot hold {len(wanted)} frames; name it like out.mp4, or drive with a picture or --only one frame")
+        for path in paths if rank == 0 else ():
+            data.find_sound(video, path.suffix.lower())                         # says now what cannot be taken over
         picture, shape, people = read_source(source, models.landmarker, models.size, source_face) if source else (None, None, 0)
         tracked = data.track(video, models.landmarker, driving, len(video), driving_face)
         landmarks = retargeted(tracked.landmarks, shape) if retarget else tracked.landmarks
