@@ -175,7 +175,7 @@ class Video:
 
     A file of constant rate gives its frames one to one. One of variable rate (phones, screen captures) is resampled by
     true time to its average rate: tick k shows the last frame that began by then. Where the clock goes back or leaps (recordings
-    joined), the next frame follows at the usual distance."""
+    joined), the next frame follows at the usual distance; where a few frames of a constant rate are missing, others are repeated."""
 
     def __init__(self, path):
         self.path = path
@@ -184,20 +184,26 @@ class Video:
         times, rates = read_times(path, about.st_mtime_ns, about.st_size)
         self.start = times[0]
 
-        step = np.diff(times)
-        usual = np.median(step[(step > 0) & (step <= GAP)]) if (step > 0).any() else 0
+        step, fps = np.diff(times), rates[0]
+        steps = step[(step > 0) & (step <= GAP)]
+        usual = float(1 / fps)
+        if len(steps):                                                          # the mean of what is alike: clocks of milliseconds
+            usual = steps[abs(steps - np.median(steps)) <= np.median(steps) / 10].mean()
         seams = (step < -2.5 * usual) | (step > GAP)
+        self.shifts = np.cumsum([0, *(usual - step[seams])]).tolist()           # of the clock, after each seam
         times = np.sort(np.cumsum([0, *np.where(seams, usual, step)]))          # sorted: small steps back are slips
-        M, length = len(times), times[-1] - times[0]
+        times, M = times - times[0], len(times)
 
+        steady = next((r for r in rates if abs(r * usual - 1) < 0.02), Fraction(1 / usual).limit_denominator(1001))
+        average = Fraction((M - 1) / times[-1]).limit_denominator(1001) if times[-1] else fps
+        fits = [r for r in (*rates, steady, average) if abs(times - np.arange(M) / float(r)).max() <= 0.6 / r]
         self.repeats = np.ones(M, int)                                          # how often each frame of the file is shown
-        if length:
-            rates += [Fraction(rate).limit_denominator(1001) for rate in (1 / usual, (M - 1) / length)]
-        for self.fps in rates:
-            if not length or abs(times - np.arange(M) / float(self.fps)).max() <= 0.6 / self.fps:
-                break
+        if fits or not times[-1]:
+            self.fps = (fits or rates)[0]
         else:
-            ticks = np.arange(round(length * self.fps) + 1) / float(self.fps) + 1e-6
+            gaps = np.mean(abs(steps - usual) < usual / 10) > 0.8               # a constant rate with frames left out
+            self.fps, late = (steady, 0.5 / steady) if gaps else (average, 1e-6)
+            ticks = np.arange(round(times[-1] * self.fps) + 1) / float(self.fps) + float(late)
             self.repeats = np.bincount(np.searchsorted(times, ticks, "right") - 1, minlength=M)
         self.length = int(self.repeats.sum())
 
@@ -230,11 +236,11 @@ def read_times(path, *version):
         stream = video_stream(container)
         stream.codec_context.options = dict(skip_loop_filter="all", skip_idct="all")        # the pictures are not looked at
         frames = tqdm(decode(container, path), "frames", unit="frame", leave=False, disable=None, delay=5)
-        times = [(frame.pts, frame.dts) for frame in frames]
+        times, unit = [(frame.pts, frame.dts) for frame in frames], float(stream.time_base)
         rates = [Fraction(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate] or [Fraction(25)]
     for clock in zip(*times):                                                   # AVI has times of decoding only; a raw stream none
         if None not in clock:
-            return np.array(clock) * float(stream.time_base), rates
+            return np.array(clock) * unit, rates
     return np.arange(len(times)) / float(rates[0]), rates
 
 
@@ -287,93 +293,63 @@ def check_output(path, *inputs):
         raise UserError(f"the output {path} is also an input; choose another --out")
 
 
-# By ending of the file: the name of the format in FFmpeg
-CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".m4v": "ipod"}
-AAC_RATES = {8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000}
-
-
 def audio_stream(container):
     """The default audio stream, or None."""
     return max(container.streams.audio, key=lambda s: s.disposition & Disposition.default, default=None)
 
 
-class Sound:
-    """The sound of a video on its way into another file of the kind `suffix`. How it goes, `way`, is found out at once by a trial in memory:
-    "copy" where every player knows the codec and the container takes it, else "code", as AAC, else None, said in one sentence."""
+def write_sound(video, target, way, span=(0.0, math.inf)):
+    """Write the sound of a Video to an open container: "copy" its packets, or "code" it as AAC. A generator: its first step adds the stream,
+    each other one writes a piece. `span`: seconds of the video."""
+    with open_video(video.path) as source:
+        audio, copy = audio_stream(source), way == "copy"
+        rate = audio.rate if audio.rate in (8000, 16000, 22050, 24000, 32000, 44100) else 48000
+        stream = target.add_stream_from_template(audio) if copy else \
+            target.add_stream("aac", rate=rate, layout="mono" if audio.channels == 1 else "stereo")
+        yield
 
-    def __init__(self, video, suffix):
-        self.video, self.suffix, self.way, reason = video, suffix, None, "its codec has no decoder here"
-        if video.is_picture:
-            return
-        with open_video(video.path) as source:
-            audio = audio_stream(source)
-            if not audio or not audio.codec_context:
-                ways = []
-            elif audio.codec_context.name in ("aac", "mp3", "mp3float", "ac3", "eac3", "alac"):
-                ways = ["copy", "code"]
-            else:
-                ways = ["code"]
-        for self.way in ways:
+        (begin, end), shifts, last, written = (video.start + np.array(span)).tolist(), list(video.shifts), None, -math.inf
+        for packet in source.demux(audio):
             try:
-                with av.open(io.BytesIO(), "w", CONTAINERS[suffix]) as trial, self.joined(trial) as write:
-                    if write(packets=64):
-                        return
-                reason = "nothing of it can be decoded"
-            except (av.FFmpegError, ValueError) as e:
-                reason = getattr(e, "strerror", None) or e
-        self.way = None
-        if audio:
-            print(f"the sound of {video.path} is left out: {reason}")
-
-    @contextlib.contextmanager
-    def joined(self, target):
-        """Add the sound's stream to an open container; gives a function that writes it there."""
-        if not self.way:
-            yield lambda: None
-            return
-        with open_video(self.video.path) as source:
-            audio = audio_stream(source)
-            if self.way == "copy":
-                stream = target.add_stream_from_template(audio)
-            else:
-                stream = target.add_stream("aac", rate=audio.rate if audio.rate in AAC_RATES else 48000,
-                                           layout="mono" if audio.channels == 1 else "stereo")
-            yield functools.partial(self._write, source, audio, target, stream)
-
-    def _write(self, source, audio, target, stream, span=(0.0, math.inf), packets=None):
-        """Write `span`, seconds of the video, or the first packets. Returns how many pieces there were."""
-        begin, end = (self.video.start + seconds for seconds in span)
-        shift, expected, count = 0, None, 0
-        for packet in itertools.islice(source.demux(audio), packets):
-            try:
-                pieces = [packet] if self.way == "copy" else packet.decode()
+                pieces = [packet] if copy else packet.decode()
             except av.InvalidDataError:                                         # as players do: on with the next
                 continue
             for piece in pieces:
                 if piece.pts is None:
                     continue
-                time = piece.pts * piece.time_base + shift
-                if expected is not None and not -0.5 < time - expected <= GAP:  # a clock that was set anew
-                    shift += expected - time
-                    time = expected
-                duration = piece.duration * piece.time_base if self.way == "copy" else Fraction(piece.samples, piece.sample_rate)
-                expected = time + (duration or 0)
-                if packets is None and not begin <= time < end:
+                time = float(piece.pts * piece.time_base)
+                if last is not None and not -0.1 < time - last <= GAP and len(shifts) > 1:
+                    shifts.pop(0)                                               # a seam, as in the video
+                last, time = time, time + shifts[0]
+                if not max(begin, written - 0.01) <= time < end:                # after a seam the sound may begin before its end
                     continue
-                count += 1
-                piece.pts = round((time - begin) / piece.time_base)
-                if self.way == "copy":
+                written = time + float((piece.duration or 0) * piece.time_base)
+                piece.pts += round((shifts[0] - begin) / piece.time_base)
+                if copy:
                     piece.dts, piece.stream = piece.pts, stream
-                target.mux(piece if self.way == "copy" else stream.encode(piece))
-        if self.way == "code" and count:
+                target.mux(piece if copy else stream.encode(piece))
+                yield
+        if not copy:
             target.mux(stream.encode(None))
-        return count
 
 
 @functools.lru_cache(8)
-def find_sound(video, suffix):
-    """The Sound of a Video for a file with this ending; asked again, it is not tried (and not said) again."""
-    return Sound(video, suffix)
+def sound_way(video, suffix):
+    """How the sound of a Video gets into a file with this ending, as a trial in memory tells: copied where every player knows its codec, else
+    coded, else not at all, which is said, once."""
+    reason = "it cannot be decoded"
+    with contextlib.ExitStack() as stack:
+        audio = None if video.is_picture else audio_stream(stack.enter_context(open_video(video.path)))
+        known = audio and audio.codec_context and audio.codec_context.name in ("aac", "mp3", "mp3float", "ac3", "eac3", "alac")
+    for way in ("copy", "code")[not known:] if audio else ():
+        try:
+            with av.open(io.BytesIO(), "w", {".mkv": "matroska", ".m4v": "ipod"}.get(suffix, suffix[1:])) as trial:
+                if len(list(itertools.islice(write_sound(video, trial, way), 64))) > 1:
+                    return way
+        except (av.FFmpegError, ValueError, AttributeError) as e:               # AttributeError: no decoder
+            reason = getattr(e, "strerror", None) or reason
+    if audio:
+        print(f"the sound of {video.path} is left out ({reason})")
 
 
 class VideoWriter:
@@ -392,7 +368,7 @@ class VideoWriter:
 
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.stack, self.stream, self.count = contextlib.ExitStack(), None, 0
+        self.stream, self.writes_sound, self.count = None, (), 0
         if self.still:
             return self
         try:
@@ -422,27 +398,24 @@ class VideoWriter:
         self.stream.time_base = context.time_base = 1 / self.fps
         context.colorspace = context.color_primaries = context.color_trc = BT709
         context.color_range = LIMITED
-        self.write_sound = self.stack.enter_context(find_sound(self.sound, self.path.suffix.lower()).joined(self.container)) if self.sound else None
+        if way := self.sound and sound_way(self.sound, self.path.suffix.lower()):
+            self.writes_sound = write_sound(self.sound, self.container, way, self.span)
+            next(self.writes_sound)
 
     def __exit__(self, kind, *_):
         try:
-            with self.stack:
-                if kind is None and self.stream:
-                    self.container.mux(self.stream.encode(None))
-                    if self.write_sound:
-                        self._finish_sound()
+            if kind is None and self.stream:
+                self.container.mux(self.stream.encode(None))
+                try:
+                    list(self.writes_sound)
+                except (av.FFmpegError, ValueError) as e:                       # the pictures are worth more than the end of the sound
+                    print(f"the sound of {self.sound.path} could not be taken over to its end ({e})")
             if not self.still:
                 self.container.close()
             if kind is None:
                 os.replace(self.temporary, self.path)
         finally:
             self.temporary.unlink(missing_ok=True)
-
-    def _finish_sound(self):
-        try:
-            self.write_sound(span=self.span)
-        except (av.FFmpegError, ValueError) as e:                               # the pictures are worth more than the end of the sound
-            print(f"the sound of {self.sound.path} could not be taken over to its end ({getattr(e, 'strerror', None) or e})")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

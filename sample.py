@@ -530,7 +530,7 @@ def reenact(source=None, driving=DEMO / "driving.mp4", out="reenacted.mp4", mode
         if Path(out).suffix.lower() == ".png" and len(wanted) > 1:
             raise UserError(f"{out} cannot hold {len(wanted)} frames; name it like out.mp4, or drive with a picture or --only one frame")
         for path in paths if rank == 0 else ():
-            data.find_sound(video, path.suffix.lower())                         # says now what cannot be taken over
+            data.sound_way(video, path.suffix.lower())                          # says now what cannot be taken over
         picture, shape, people = read_source(source, models.landmarker, models.size, source_face) if source else (None, None, 0)
         tracked = data.track(video, models.landmarker, driving, len(video), driving_face)
         landmarks = retargeted(tracked.landmarks, shape) if retarget else tracked.landmarks
