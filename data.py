@@ -54,7 +54,7 @@ FORMATS = [f for f in ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"
 
 
 def open_video(path):
-    """An open PyAV container with at least one video stream."""
+    """An open PyAV container with a video stream."""
     if not Path(path).is_file():
         raise UserError(f"no such file: {path}")
     try:
@@ -72,11 +72,18 @@ def video_stream(container):
     """The video stream that players show: the default one. Covers and thumbnails are none."""
     covers = Disposition.attached_pic | Disposition.timed_thumbnails
     streams = [s for s in container.streams.video if not s.disposition & covers]
-    return max(streams, key=lambda s: (s.frames != 1, s.disposition & Disposition.default), default=None)
+    rank = [(s.frames != 1, s.disposition & Disposition.default, -s.index, s) for s in streams]
+    return max(rank)[-1] if rank else None
+
+
+def audio_stream(container):
+    """The default audio stream, or None."""
+    streams = container.streams.audio
+    return max(streams, key=lambda s: s.disposition & Disposition.default, default=None)
 
 
 def decode(container, path):
-    """Frames of the video stream. What comes before the first key frame may not decode: that is skipped."""
+    """Frames of the video stream. Packets before the first that decodes are skipped."""
     count = 0
     try:
         for packet in container.demux(video_stream(container)):
@@ -90,75 +97,81 @@ def decode(container, path):
                 count += 1
                 yield frame
     except av.FFmpegError as e:
-        raise UserError(f"{path} cannot be decoded beyond frame {count} ({e.strerror}); re-encode it") from None
+        reason = f"{path} cannot be decoded beyond frame {count} ({e.strerror}); re-encode it"
+        raise UserError(reason) from None
     if not count:
         raise UserError(f"{path} holds no frame that can be decoded; re-encode it")
 
 
+# Numbers of H.273: BT.709 (of matrix, primaries and transfer alike), BT.2020's primaries, PQ, HLG
+BT709, UNSPECIFIED, BT2020, PQ, HLG = 1, 2, 9, 16, 18
+LIMITED = 1  # range
+
+
 class Screen:
-    """Turns decoded frames of a video stream into the pictures (h, w, 3) uint8 that players show: square
-    pixels, upright, BT.709, and all of the size of the first one."""
+    """Turns decoded frames into the pictures (h, w, 3) uint8 that players show: upright, pixels
+    square, colours of BT.709, all of the first one's size. It is a filter graph of FFmpeg."""
 
     def __init__(self, stream):
         self.aspect, self.size, self.kind = float(stream.sample_aspect_ratio or 1), None, None
 
     def __call__(self, frame):
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-        matrix = np.frombuffer(matrix, np.int32).tolist() if matrix else [1, 0, 0, 0, 1]
-        color = frame.colorspace, frame.color_range, frame.color_trc, frame.color_primaries
-        kind = frame.width, frame.height, frame.format.name, *color, *matrix
-        if kind != self.kind:                                                   # the first one; or the stream changes
-            self.kind, self.graph = kind, self._graph(frame, matrix)
+        turn = bytes(frame.side_data.get("DISPLAYMATRIX") or b"")
+        colors = frame.colorspace, frame.color_range, frame.color_trc, frame.color_primaries
+        kind = frame.width, frame.height, frame.format.name, *colors, turn
+        if kind != self.kind:  # a stream may change on its way
+            self.kind, self.graph = kind, self._graph(frame, turn)
         self.graph.push(frame)
         return self.graph.pull().to_ndarray()
 
-    def _graph(self, frame, matrix):
-        """A filter graph of FFmpeg for frames like this one."""
-        self.size = self.size or (round(frame.width * self.aspect), frame.height)
+    def _graph(self, frame, turn):
+        w, h = frame.width, frame.height
+        self.size = self.size or (round(w * self.aspect), h)
         wide = frame.color_primaries == BT2020 or frame.color_trc in (PQ, HLG)
-        high = "bt709" if max(frame.height, frame.width) >= 1280 or frame.height >= 720 else "auto"
-        tags = "auto" if frame.colorspace != UNSPECIFIED else "bt2020" if wide else high
 
-        a, b, _, c, d = matrix[:5]
+        matrix = "auto"
+        if frame.colorspace == UNSPECIFIED and (wide or h >= 720 or w >= 1280):
+            matrix = "bt2020" if wide else "bt709"
+        a, b, _, c, d = np.frombuffer(turn, np.int32)[:5] if turn else (1, 0, 0, 0, 1)
         turned = abs(b) > abs(a)
         across, down = (c, b) if turned else (a, d)
 
         graph = av.filter.Graph()
-        chain = [graph.add("buffer", video_size=f"{frame.width}x{frame.height}", pix_fmt=frame.format.name,
-                           colorspace=str(frame.colorspace), range=str(frame.color_range), time_base="1/25"),
-                 graph.add("scale", w=str(self.size[0]), h=str(self.size[1]), in_color_matrix=tags)]
+        kind = f"video_size={w}x{h}:pix_fmt={frame.format.name}:time_base=1/25"
+        chain = [
+            graph.add("buffer", f"{kind}:colorspace={frame.colorspace}:range={frame.color_range}"),
+            graph.add("scale", f"{self.size[0]}:{self.size[1]}:in_color_matrix={matrix}"),
+        ]
         if wide:
-            chain += [graph.add("format", "gbrp16le"), graph.add("lut3d", file=standard_range(frame.color_trc).name)]
-        chain += [graph.add("transpose", "cclock_flip")] if turned else []
-        chain += [graph.add("hflip")] if across < 0 else []
-        chain += [graph.add("vflip")] if down < 0 else []
-        graph.link_nodes(*chain, graph.add("format", "rgb24"), graph.add("buffersink")).configure()
+            table = standard_range(frame.color_trc)
+            chain += [graph.add("format", "gbrp16le"), graph.add("lut3d", file=table.name)]
+        turns = ("transpose" * turned, "hflip" * (across < 0), "vflip" * (down < 0))
+        chain += [graph.add(turn) for turn in turns if turn]  # transpose alone: over the diagonal
+        chain += [graph.add("format", "rgb24"), graph.add("buffersink")]
+        graph.link_nodes(*chain).configure()
         return graph
-
-
-# H.273: BT.709 of all; a matrix; primaries; two transfer functions; and FFmpeg's number of a range
-BT709, UNSPECIFIED, BT2020, PQ, HLG, LIMITED = 1, 2, 9, 16, 18, 1
 
 
 @functools.cache
 def standard_range(transfer, n=33):
-    """A file with a table for FFmpeg's lut3d, from RGB of BT.2020 to BT.709; of HDR tone-mapped. It does what FFmpeg's
-    zscale and `tonemap=mobius:desat=0` do where 1 is 100 cd/m2, and PyAV comes without zscale."""
-    v = np.stack(np.meshgrid(*[np.linspace(0, 1, n)] * 3, indexing="ij")[::-1], -1).reshape(-1, 3)      # red runs fastest
-    if transfer == PQ:                                                          # SMPTE ST 2084
-        root = v ** (1 / 78.84375)
-        light = 100 * (np.maximum(root - 0.8359375, 0) / (18.8515625 - 18.6875 * root)) ** (1 / 0.1593017578125)
-    elif transfer == HLG:                                                       # ARIB STD-B67 on a display of 1000 cd/m2
-        scene = np.where(v <= 0.5, v * v / 3, (np.exp((v - 0.55991073) / 0.17883277) + 0.28466892) / 12)
-        light = 10 * scene ** 1.2
+    """A file of FFmpeg's lut3d from RGB of BT.2020, of HDR with `transfer`, to BT.709. It does what
+    zscale, which PyAV lacks, and tonemap=mobius:desat=0 do: 1 is 100 cd/m2."""
+    v = np.stack(np.meshgrid(*[np.linspace(0, 1, n)] * 3, indexing="ij")[::-1], -1)
+    v = v.reshape(-1, 3)  # red runs fastest
+    if transfer == PQ:  # SMPTE ST 2084
+        p = v ** (1 / 78.84375)
+        light = 100 * (np.maximum(p - 0.8359375, 0) / (18.8515625 - 18.6875 * p)) ** 6.277394636
+    elif transfer == HLG:  # ARIB STD-B67, on a display of 1000 cd/m2
+        high = (np.exp((v - 0.55991073) / 0.17883277) + 0.28466892) / 12
+        light = 10 * np.where(v <= 0.5, v * v / 3, high) ** 1.2
     else:
-        light = v ** 2.4
-    light = light @ np.array([[1.6605, -0.1246, -0.0182], [-0.5876, 1.1329, -0.1006], [-0.0728, -0.0083, 1.1187]])
+        light = v**2.4
+    to_bt709 = [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]]
+    light = light @ np.transpose(to_bt709)
 
-    if transfer in (PQ, HLG):                                                   # up to 0.3 as it is, 10 becomes 1
-        top, j, peak = light.max(1, keepdims=True).clip(1e-6), 0.3, 10
-        a, b = -j * j * (peak - 1) / (j * j - 2 * j + peak), (j * j - 2 * j * peak + peak) / (peak - 1)
-        light *= np.where(top > j, (b + j) ** 2 / (b - a) * (top + a) / (top + b), top) / top
+    if transfer in (PQ, HLG):  # up to 0.3 as it is, above bent, so that 10 becomes 1
+        top = light.max(1, keepdims=True).clip(1e-6)
+        light *= np.where(top > 0.3, 1.05401 * (top - 0.085381) / (top + 0.454444), top) / top
 
     file = tempfile.NamedTemporaryFile("w", suffix=".cube")
     np.savetxt(file, light.clip(0, 1) ** (1 / 2.4), "%.5f", header=f"LUT_3D_SIZE {n}", comments="")
@@ -166,58 +179,63 @@ def standard_range(transfer, n=33):
     return file
 
 
-GAP = 60                                           # seconds; a longer step is a clock that was set anew
+GAP = 60  # seconds; a longer step is a clock set anew
 
 
 class Video:
-    """A video, or a picture, as a sequence of RGB frames as players show them, at a constant rate. `fps` is a Fraction,
-    `start` the time of its first frame in seconds, `len()` the number of frames.
+    """A video or picture as a sequence of frames (h, w, 3) uint8 as shown, at a constant rate:
+    `fps` (Fraction), `start` (seconds, of the first frame), `len()`.
 
-    A file of constant rate gives its frames one to one. One of variable rate (phones, screen captures) is resampled by
-    true time to its average rate: tick k shows the last frame that began by then. Where the clock goes back or leaps (recordings
-    joined), the next frame follows at the usual distance; where a few frames of a constant rate are missing, others are repeated."""
+    A file of constant rate gives its frames one to one; for those left out, others are repeated.
+    One of variable rate (phones, screen captures) is resampled by true time to its average rate:
+    tick k shows the last frame that began by then. Where the clock goes back or leaps (recordings
+    joined), the next frame follows at the usual distance."""
 
     def __init__(self, path):
-        self.path = path
-        self.is_picture = read_picture(path) is not None
+        self.path, self.is_picture = path, read_picture(path) is not None
         about = Path(path).stat()
         times, rates = read_times(path, about.st_mtime_ns, about.st_size)
-        self.start = times[0]
+        self.start, M, steps = times[0], len(times), np.diff(times)
 
-        step, fps = np.diff(times), rates[0]
-        steps = step[(step > 0) & (step <= GAP)]
-        usual = float(1 / fps)
-        if len(steps):                                                          # the mean of what is alike: clocks of milliseconds
-            usual = steps[abs(steps - np.median(steps)) <= np.median(steps) / 10].mean()
-        seams = (step < -2.5 * usual) | (step > GAP)
-        self.shifts = np.cumsum([0, *(usual - step[seams])]).tolist()           # of the clock, after each seam
-        times = np.sort(np.cumsum([0, *np.where(seams, usual, step)]))          # sorted: small steps back are slips
-        times, M = times - times[0], len(times)
+        usual = 1 / float(rates[0])
+        forward = steps[(steps > 0) & (steps <= GAP)]
+        if len(forward):  # the mean of those near the median: some clocks count milliseconds
+            middle = np.median(forward)
+            usual = forward[abs(forward - middle) <= middle / 10].mean()
 
-        steady = next((r for r in rates if abs(r * usual - 1) < 0.02), Fraction(1 / usual).limit_denominator(1001))
-        average = Fraction((M - 1) / times[-1]).limit_denominator(1001) if times[-1] else fps
-        fits = [r for r in (*rates, steady, average) if abs(times - np.arange(M) / float(r)).max() <= 0.6 / r]
-        self.repeats = np.ones(M, int)                                          # how often each frame of the file is shown
+        seams = (steps < -2.5 * usual) | (steps > GAP)
+        self.shifts = np.cumsum([0, *(usual - steps[seams])]).tolist()  # of the clock, after each
+        times = np.sort(np.cumsum([0, *np.where(seams, usual, steps)]))  # smaller steps back: slips
+        times -= times[0]
+
+        steady = next((r for r in rates if abs(r * usual - 1) < 0.02), to_rate(1 / usual))
+        average = to_rate((M - 1) / times[-1]) if times[-1] else rates[0]
+        candidates = (*rates, steady, average)
+        fits = [r for r in candidates if abs(times - np.arange(M) / float(r)).max() <= 0.6 / r]
+        self.repeats = np.ones(M, int)  # how often each frame of the file is shown
         if fits or not times[-1]:
             self.fps = (fits or rates)[0]
         else:
-            gaps = np.mean(abs(steps - usual) < usual / 10) > 0.8               # a constant rate with frames left out
+            gaps = np.mean(abs(forward - usual) < usual / 10) > 0.8
             self.fps, late = (steady, 0.5 / steady) if gaps else (average, 1e-6)
             ticks = np.arange(round(times[-1] * self.fps) + 1) / float(self.fps) + float(late)
-            self.repeats = np.bincount(np.searchsorted(times, ticks, "right") - 1, minlength=M)
-        self.length = int(self.repeats.sum())
+            shown = np.searchsorted(times, ticks, "right") - 1
+            self.repeats = np.bincount(shown, minlength=M)
 
     def __len__(self):
-        return self.length
+        return int(self.repeats.sum())
 
     def __iter__(self):
-        """Frames (h, w, 3) uint8, one at a time; always len(self) of them."""
         for frame, repeat in zip(read_frames(self.path), self.repeats):
             yield from [frame] * repeat
 
 
+def to_rate(rate):
+    return Fraction(rate).limit_denominator(1001)
+
+
 def read_frames(path):
-    """Yield the frames of a video, or the pictures of a picture file, as shown (h, w, 3) uint8, each once."""
+    """Yield the frames of a video, or the pictures of a picture file, as shown, each once."""
     frame = None
     for frame, _ in read_pictures(path):
         yield frame
@@ -228,64 +246,68 @@ def read_frames(path):
 
 @functools.lru_cache(256)
 def read_times(path, *version):
-    """([seconds at which each frame begins], [rates that the file claims]) of a video. Only decoding tells them: packets may hold
-    no picture, or one that cannot be decoded. `version` of the file, for the cache."""
-    if pictures := [seconds for _, seconds in read_pictures(path)]:
-        return np.cumsum([0, *pictures[:-1]]), [Fraction(25)]
+    """(seconds at which each frame begins, [rates that the file claims]). Only decoding tells:
+    packets may hold no frame, or one that does not decode. `version` is for the cache."""
+    if seconds := [seconds for _, seconds in read_pictures(path)]:
+        return np.cumsum([0, *seconds[:-1]]), [Fraction(25)]
     with open_video(path) as container:
         stream = video_stream(container)
-        stream.codec_context.options = dict(skip_loop_filter="all", skip_idct="all")        # the pictures are not looked at
-        frames = tqdm(decode(container, path), "frames", unit="frame", leave=False, disable=None, delay=5)
-        times, unit = [(frame.pts, frame.dts) for frame in frames], float(stream.time_base)
-        rates = [Fraction(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate] or [Fraction(25)]
-    for clock in zip(*times):                                                   # AVI has times of decoding only; a raw stream none
+        stream.codec_context.options = dict(skip_loop_filter="all", skip_idct="all")  # faster
+        frames = tqdm(decode(container, path), "frames", leave=False, disable=None, delay=5)
+        times, unit = [(f.pts, f.dts) for f in frames], float(stream.time_base)
+        rates = [Fraction(r) for r in (stream.average_rate, stream.guessed_rate, 25) if r]
+    for clock in zip(*times):  # AVI has times of decoding only, a raw stream none
         if None not in clock:
-            return np.array(clock) * unit, rates
+            return np.array(clock) * unit, rates[:-1] or rates
     return np.arange(len(times)) / float(rates[0]), rates
 
 
 def read_picture(path):
-    """(h, w, 3) uint8 of a still picture, or of the first one of several; None for a file that is not a picture (a video,
-    perhaps). UserError where it is one by name only."""
+    """(h, w, 3) uint8 of a picture file, the first if it holds several; None for another file (a
+    video, perhaps). UserError where it is a picture by name only."""
     return next((picture for picture, _ in read_pictures(path)), None)
 
 
 def read_pictures(path):
-    """Yield (picture (h, w, 3) uint8, seconds that it is shown) of a picture file: one, or those of an animation."""
+    """Yield (picture (h, w, 3) uint8, seconds that it is shown): one, or those of an animation."""
     if not Path(path).is_file():
         raise UserError(f"no such file: {path}")
     try:
         with Image.open(path, formats=FORMATS) as image:
-            for page in ImageSequence.Iterator(image):
+            moves = image.format in ("GIF", "PNG", "WEBP", "AVIF")  # others hold thumbnails, pages
+            for page in ImageSequence.Iterator(image) if moves else [image]:
                 yield as_shown(page), (page.info.get("duration") or 100) / 1000
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:           # SyntaxError: PIL's word for a broken PNG
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # Syntax: of a PNG
         with open(path, "rb") as f:
-            if f.read(12)[4:] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypavif"):
-                e = "HEIC and AVIF need: pip install pillow-heif"
-            elif Path(path).suffix.lower() not in PICTURES:
-                return
-        raise UserError(f"{path} is not a picture that can be read ({e}); save it again") from None
+            heic = f.read(12)[4:] in (b"ftypheic", b"ftypheix", b"ftypmif1")
+        if not heic and Path(path).suffix.lower() not in PICTURES:
+            return
+        reason = "HEIC needs pip install pillow-heif" if heic else e
+        raise UserError(f"{path} is not a picture that can be read ({reason}); save it again") from None
 
 
 def as_shown(image):
-    """(h, w, 3) uint8 of a PIL image as viewers show it: EXIF rotation applied, 16 bits scaled to 8, transparency over white, its
-    colour profile applied."""
+    """(h, w, 3) uint8 of a PIL image as viewers show it: EXIF rotation and colour profile applied,
+    16 bits scaled to 8, transparency over white."""
     profile, image = image.info.get("icc_profile"), ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):                                              # 16-bit grey
-        image = Image.fromarray((np.asarray(image).astype(np.float64) / 256).clip(0, 255).astype(np.uint8))
+    if image.mode.startswith("I"):  # 16-bit grey
+        image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "P"):
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image).convert("RGB")
     if profile:
-        with contextlib.suppress(ImageCms.PyCMSError, OSError):                 # a broken profile, or one for other colours
-            image = ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB")
+        srgb = ImageCms.createProfile("sRGB")
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # broken, or for other colours
+            image = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode="RGB")
     return np.array(image.convert("RGB"))
 
 
 def check_output(path, *inputs):
     """Refuse an output name that could only fail, or destroy an input, at the end of the work."""
-    if Path(path).suffix.lower() not in {".mp4", ".mov", ".mkv", ".m4v", ".png"} or Path(path).is_dir():
-        raise UserError(f"cannot write {path}; name a file that ends in .mp4, .mov or .mkv, or in .png for one frame")
+    endings = {".mp4", ".mov", ".mkv", ".m4v", ".png"}
+    if Path(path).suffix.lower() not in endings or Path(path).is_dir():
+        raise UserError(f"cannot write {path}; name a file that ends in .mp4, .mov, .mkv or, for one frame, .png")
     folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"cannot write {path}: {folder} is not a folder you may write to")
@@ -293,35 +315,34 @@ def check_output(path, *inputs):
         raise UserError(f"the output {path} is also an input; choose another --out")
 
 
-def audio_stream(container):
-    """The default audio stream, or None."""
-    return max(container.streams.audio, key=lambda s: s.disposition & Disposition.default, default=None)
-
-
 def write_sound(video, target, way, span=(0.0, math.inf)):
-    """Write the sound of a Video to an open container: "copy" its packets, or "code" it as AAC. A generator: its first step adds the stream,
-    each other one writes a piece. `span`: seconds of the video."""
+    """Write the sound of a Video, or `span` (seconds) of it, to an open container: "copy" its packets
+    or "code" it as AAC. A generator: its first step adds the stream, the others write a piece."""
     with open_video(video.path) as source:
         audio, copy = audio_stream(source), way == "copy"
-        rate = audio.rate if audio.rate in (8000, 16000, 22050, 24000, 32000, 44100) else 48000
-        stream = target.add_stream_from_template(audio) if copy else \
-            target.add_stream("aac", rate=rate, layout="mono" if audio.channels == 1 else "stereo")
+        if copy:
+            stream = target.add_stream_from_template(audio)
+        else:
+            rate = audio.rate if audio.rate in (8000, 16000, 22050, 24000, 32000, 44100) else 48000
+            layout = "mono" if audio.channels == 1 else "stereo"
+            stream = target.add_stream("aac", rate, layout=layout)
         yield
 
-        (begin, end), shifts, last, written = (video.start + np.array(span)).tolist(), list(video.shifts), None, -math.inf
+        begin, end = (float(video.start + seconds) for seconds in span)
+        shifts, last, written = list(video.shifts), None, -math.inf
         for packet in source.demux(audio):
-            try:
-                pieces = [packet] if copy else packet.decode()
-            except av.InvalidDataError:                                         # as players do: on with the next
-                continue
-            for piece in pieces:
-                if piece.pts is None:
+            pieces = [packet]
+            if not copy:
+                try:
+                    pieces = packet.decode()
+                except av.InvalidDataError:  # as players do: on with the next
                     continue
+            for piece in (p for p in pieces if p.pts is not None):
                 time = float(piece.pts * piece.time_base)
                 if last is not None and not -0.1 < time - last <= GAP and len(shifts) > 1:
-                    shifts.pop(0)                                               # a seam, as in the video
+                    shifts.pop(0)  # a clock set anew, as for the frames
                 last, time = time, time + shifts[0]
-                if not max(begin, written - 0.01) <= time < end:                # after a seam the sound may begin before its end
+                if not max(begin, written - 0.01) <= time < end:  # joined sounds may overlap
                     continue
                 written = time + float((piece.duration or 0) * piece.time_base)
                 piece.pts += round((shifts[0] - begin) / piece.time_base)
@@ -335,34 +356,39 @@ def write_sound(video, target, way, span=(0.0, math.inf)):
 
 @functools.lru_cache(8)
 def sound_way(video, suffix):
-    """How the sound of a Video gets into a file with this ending, as a trial in memory tells: copied where every player knows its codec, else
-    coded, else not at all, which is said, once."""
-    reason = "it cannot be decoded"
-    with contextlib.ExitStack() as stack:
-        audio = None if video.is_picture else audio_stream(stack.enter_context(open_video(video.path)))
-        known = audio and audio.codec_context and audio.codec_context.name in ("aac", "mp3", "mp3float", "ac3", "eac3", "alac")
-    for way in ("copy", "code")[not known:] if audio else ():
+    """How the sound of a Video gets into a file with this ending, tried out in memory: "copy" where
+    every player knows its codec, else "code", else None, which is said, once."""
+    if video.is_picture:
+        return None
+    with open_video(video.path) as container:
+        audio = audio_stream(container)
+        if not audio:
+            return None
+        codec = audio.codec_context and audio.codec_context.name
+    known = codec in ("aac", "mp3", "mp3float", "ac3", "eac3", "alac")
+    kind, reason = {".mkv": "matroska", ".m4v": "ipod"}.get(suffix, suffix[1:]), "cannot be decoded"
+    for way in ["copy", "code"] if known else ["code"] if codec else []:
         try:
-            with av.open(io.BytesIO(), "w", {".mkv": "matroska", ".m4v": "ipod"}.get(suffix, suffix[1:])) as trial:
+            with av.open(io.BytesIO(), "w", kind) as trial:
                 if len(list(itertools.islice(write_sound(video, trial, way), 64))) > 1:
                     return way
-        except (av.FFmpegError, ValueError, AttributeError) as e:               # AttributeError: no decoder
-            reason = getattr(e, "strerror", None) or reason
-    if audio:
-        print(f"the sound of {video.path} is left out ({reason})")
+        except (av.FFmpegError, ValueError) as e:
+            reason = str(e)
+    print(f"the sound of {video.path} is left out ({reason})")
 
 
 class VideoWriter:
     """Write an H.264 video of exactly the frames given, with the sound of another file.
 
         with VideoWriter("out.mp4", fps, "comment", sound=Video("driving.mp4")) as out:
-            out.write(frame)                                                    # (h, w, 3) uint8, h and w even
+            out.write(frame)  # (h, w, 3) uint8, h and w even
 
-    The file appears under its name when all is written; after an exception nothing is left. `span`, seconds (from, to) of
-    the other file, cuts the sound. A name in .png takes one frame, as a still picture."""
+    The file appears under its name when all is written; after an exception nothing is left. `span`,
+    seconds (from, to) of the other file, cuts the sound. A name in .png takes one frame."""
 
-    def __init__(self, path, fps, comment="", sound=None, span=(0.0, float("inf"))):
-        self.path, self.fps, self.comment, self.sound, self.span = Path(path), Fraction(fps), comment, sound, span
+    def __init__(self, path, fps, comment="", sound=None, span=(0.0, math.inf)):
+        self.path, self.fps, self.comment = Path(path), Fraction(fps), comment
+        self.sound, self.span = sound, span
         self.temporary = self.path.with_name(f".{self.path.stem}.{os.getpid()}{self.path.suffix}")
         self.still = self.path.suffix.lower() == ".png"
 
@@ -372,7 +398,8 @@ class VideoWriter:
         if self.still:
             return self
         try:
-            self.container = av.open(str(self.temporary), "w", options=dict(fflags="+bitexact"))    # no random numbers in .mkv
+            plain = dict(fflags="+bitexact")  # or .mkv gets random numbers
+            self.container = av.open(str(self.temporary), "w", options=plain)
         except (ValueError, av.FFmpegError, OSError) as e:
             raise UserError(f"cannot write {self.path} ({e}); name it like out.mp4, in a folder you may write to") from None
         self.container.metadata["comment"] = self.comment
@@ -385,14 +412,16 @@ class VideoWriter:
             return Image.fromarray(frame).save(self.temporary, pnginfo=about)
         if self.stream is None:
             self._open(*frame.shape[:2])
-        picture = av.VideoFrame.from_ndarray(frame, "rgb24").reformat(format="yuv420p", dst_colorspace=BT709, dst_color_range=LIMITED)
+        picture = av.VideoFrame.from_ndarray(frame, "rgb24")
+        picture = picture.reformat(format="yuv420p", dst_colorspace=BT709, dst_color_range=LIMITED)
         picture.pts, picture.time_base = self.count, 1 / self.fps
         self.count += 1
         self.container.mux(self.stream.encode(picture))
 
     def _open(self, height, width):
-        # x264's macroblock tree reads memory that it never wrote at some sizes, 64 pixels among them: another file each time
-        self.stream = self.container.add_stream("libx264", rate=self.fps, options={"crf": "16", "preset": "fast", "mbtree": "0"})
+        # x264's macroblock tree reads memory it never wrote at sizes like 64: other files each run
+        options = dict(crf="16", preset="fast", mbtree="0")
+        self.stream = self.container.add_stream("libx264", rate=self.fps, options=options)
         self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "yuv420p"
         context = self.stream.codec_context
         self.stream.time_base = context.time_base = 1 / self.fps
@@ -408,8 +437,8 @@ class VideoWriter:
                 self.container.mux(self.stream.encode(None))
                 try:
                     list(self.writes_sound)
-                except (av.FFmpegError, ValueError) as e:                       # the pictures are worth more than the end of the sound
-                    print(f"the sound of {self.sound.path} could not be taken over to its end ({e})")
+                except (av.FFmpegError, ValueError) as e:  # the pictures are worth more
+                    print(f"the end of the sound of {self.sound.path} could not be taken over ({e})")
             if not self.still:
                 self.container.close()
             if kind is None:
@@ -638,11 +667,6 @@ class Stopwatch:
 # ----------------------------------------------------------------------------------------------------------------------
 # CLIP
 
-# OpenAI's models have "quick" GELU; open_clip's configuration by the name ViT-L-14 has not, and would load them without a word.
-OPENAI_VIT_L14 = dict(embed_dim=768, quick_gelu=True, vision_cfg=dict(image_size=224, layers=24, width=1024, patch_size=14),
-                      text_cfg=dict(context_length=77, vocab_size=49408, width=768, heads=12, layers=12))
-
-
 class SceneEncoder:
     """The global signal (paper 3.1): a CLIP model of open_clip, frozen; pictures and texts -> unit vectors (B, S).
 
@@ -651,7 +675,7 @@ class SceneEncoder:
 
     def __init__(self, path, device="cpu"):
         tensors, config = sdit.read_tensors(path)
-        config = config or OPENAI_VIT_L14
+        config = config or openai_vit_l14()
         if not {"embed_dim", "vision_cfg", "text_cfg"} <= set(config):
             raise UserError(f"{path} is not a CLIP file: its metadata has no open_clip configuration")
         self.model, self.tokenizer = build_clip(config)
@@ -667,6 +691,12 @@ class SceneEncoder:
         return self.model.encode_text(self.tokenizer(sentences).to(self.device), normalize=True).float()
 
 
+def openai_vit_l14():
+    """OpenAI's models have "quick" GELU, which open_clip's configuration ViT-L-14 has not."""
+    import open_clip
+    return open_clip.get_model_config("ViT-L-14-quickgelu")
+
+
 def build_clip(config):
     """(open_clip model, tokenizer) of an open_clip configuration, with random weights."""
     import open_clip
@@ -674,16 +704,14 @@ def build_clip(config):
 
 
 def clip_pixels(pixels, size):
-    """CLIP's input of pictures (B, 3, h, w) in [-1, 1]: short side to `size`, bicubic with antialias, centre, OpenAI's mean and
-    spread."""
-    h, w = pixels.shape[-2:]
-    scale = size / min(h, w)
-    if scale != 1:
-        pixels = F.interpolate(pixels, (round(h * scale), round(w * scale)), mode="bicubic", antialias=True).clamp(-1, 1)
-    top, left = ((n - size) // 2 for n in pixels.shape[-2:])
-    mean = pixels.new_tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
-    spread = pixels.new_tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
-    return ((pixels[..., top:top + size, left:left + size] + 1) / 2 - mean) / spread
+    """CLIP's input of pictures (B, 3, h, w) in [-1, 1]: OpenAI's size, centre, mean and deviation."""
+    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+    from torchvision.transforms import functional
+    if min(pixels.shape[-2:]) != size:
+        bicubic = functional.InterpolationMode.BICUBIC
+        pixels = functional.resize(pixels, size, bicubic, antialias=True).clamp(-1, 1)
+    pixels = functional.center_crop(pixels, size)
+    return functional.normalize((pixels + 1) / 2, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
