@@ -31,7 +31,6 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from av.stream import Disposition
 from PIL import Image, ImageCms, ImageOps, ImageSequence, PngImagePlugin
 from tqdm import tqdm
@@ -145,8 +144,8 @@ class Screen:
         if wide:
             table = standard_range(frame.color_trc)
             chain += [graph.add("format", "gbrp16le"), graph.add("lut3d", file=table.name)]
-        turns = ("transpose" * turned, "hflip" * (across < 0), "vflip" * (down < 0))
-        chain += [graph.add(turn) for turn in turns if turn]  # transpose alone: over the diagonal
+        turns = (turned, "transpose"), (across < 0, "hflip"), (down < 0, "vflip")
+        chain += [graph.add(name) for needed, name in turns if needed]
         chain += [graph.add("format", "rgb24"), graph.add("buffersink")]
         graph.link_nodes(*chain).configure()
         return graph

@@ -562,7 +562,7 @@ def reenact(source=None, driving=DEMO / "driving.mp4", out="reenacted.mp4", mode
         comment = "synthetic, AI-generated face video; " + json.dumps({k: v for k, v in about.items() if v is not None})
         write_frames(paths, latent, wanted, models.autoencoder, video, tracked.square, picture, comment, watch)
         finished.remove()
-        print(f"{' and '.join(map(str, paths))}: {len(wanted)} frames of {models.size} x {models.size}\n{watch}")
+        print(f"{' and '.join(map(str, paths))}: {len(wanted)} frames of {max(256, models.size)} x {max(256, models.size)}\n{watch}")
     return dict(watch.seconds)
 
 
