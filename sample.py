@@ -492,7 +492,7 @@ def write_frames(paths, latent, wanted, autoencoder, driving, square, source, co
                 images = data.to_images(autoencoder.decode(torch.stack([latent(f) for f in wanted[i:i + 8]]).to(device, torch.float32)))
             with watch("writing"):
                 for image in images:
-                    image = data.resize(image, max(256, len(image)))            # H.264 blurs smaller ones: at 64 pixels twice as much
+                    image = data.resize(image, max(256, len(image)))  # H.264 blurs smaller ones
                     files[0].write(image)
                     for comparison in files[1:]:
                         panels = [*([] if source is None else [source]), data.crop(next(shown), square), image]
@@ -510,7 +510,9 @@ def reenact(source=None, driving=DEMO / "driving.mp4", out="reenacted.mp4", mode
     ("a:b"); `compare` writes, beside it, OUT-compare.mp4: source, driving face, result. `face`: which face of driving and source, by size.
     The rest is as on the command line. Under torchrun the processes share the rows, and rank 0 writes. Returns the seconds by part.
     Raises UserError on bad input; then nothing is written."""
-    watch, paths = data.Stopwatch(), [Path(out), Path(out).with_name(f"{Path(out).stem}-compare{'.png' if Path(out).suffix == '.png' else '.mp4'}")][:1 + compare]
+    watch, still = data.Stopwatch(), Path(out).suffix.lower() == ".png"
+    beside = f"{Path(out).stem}-compare{'.png' if still else '.mp4'}"
+    paths = [Path(out), Path(out).with_name(beside)][:1 + compare]
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     settings, source = Settings(steps, sampler, guidance, method, seed), source if source or prompt else DEMO / "source.png"
     driving_face, source_face = (*face, 0)[:2]
@@ -527,10 +529,10 @@ def reenact(source=None, driving=DEMO / "driving.mp4", out="reenacted.mp4", mode
     with watch("landmarks"):
         video = data.Video(driving)
         wanted = parse_only(only, len(video)) if only else range(len(video))
-        if Path(out).suffix.lower() == ".png" and len(wanted) > 1:
-            raise UserError(f"{out} cannot hold {len(wanted)} frames; name it like out.mp4, or drive with a picture or --only one frame")
-        for path in paths if rank == 0 else ():
-            data.sound_way(video, path.suffix.lower())                          # says now what cannot be taken over
+        if still and len(wanted) > 1:
+            raise UserError(f"{out} cannot hold {len(wanted)} frames; name it like out.mp4")
+        for path in paths if rank == 0 and not still else ():
+            data.sound_way(video, path.suffix.lower())  # says now what cannot be taken over
         picture, shape, people = read_source(source, models.landmarker, models.size, source_face) if source else (None, None, 0)
         tracked = data.track(video, models.landmarker, driving, len(video), driving_face)
         landmarks = retargeted(tracked.landmarks, shape) if retarget else tracked.landmarks
@@ -562,7 +564,8 @@ def reenact(source=None, driving=DEMO / "driving.mp4", out="reenacted.mp4", mode
         comment = "synthetic, AI-generated face video; " + json.dumps({k: v for k, v in about.items() if v is not None})
         write_frames(paths, latent, wanted, models.autoencoder, video, tracked.square, picture, comment, watch)
         finished.remove()
-        print(f"{' and '.join(map(str, paths))}: {len(wanted)} frames of {max(256, models.size)} x {max(256, models.size)}\n{watch}")
+        side = max(256, models.size)
+        print(f"{' and '.join(map(str, paths))}: {len(wanted)} frames of {side} x {side}\n{watch}")
     return dict(watch.seconds)
 
 
@@ -603,8 +606,8 @@ def reenact_pairs(path, models, **options):
 def arguments():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--source", type=Path, help="picture of a face, or a video (its first frame with a face); default: the bundled one")
-    ap.add_argument("--driving", type=Path, default=DEMO / "driving.mp4", help="video whose movements are taken")
-    ap.add_argument("--out", type=Path, default=Path("reenacted.mp4"))
+    ap.add_argument("--driving", type=Path, default=DEMO / "driving.mp4", help="video (or picture) whose movements are taken")
+    ap.add_argument("--out", type=Path, default=Path("reenacted.mp4"), help="video, or for one frame .png")
     ap.add_argument("--pairs", type=Path, help="CSV file with the columns source,driving,out[,prompt]: many jobs, models loaded once")
     ap.add_argument("--model", type=Path, default=DEMO / "sdit.safetensors", help="model file made by train.py")
     ap.add_argument("--prompt", help="a sentence in place of the source, or, with one, mixed into it")
