@@ -14,6 +14,7 @@ file a video in OUT/STAGE, so nothing is done twice, and a video that crashes th
 """
 import argparse
 import concurrent.futures
+import contextlib
 import functools
 import json
 import math
@@ -234,9 +235,10 @@ def key_frames_have_a_face(video, landmarker):
     with data.open_video(video.path) as container:
         stream = data.video_stream(container)
         stream.codec_context.skip_frame, show = "NONKEY", data.Screen(stream)
-        for count, frame in enumerate(data.decode(container, video.path), 1):
-            if next(landmarker.everyone(show(frame)), None) is not None:
-                return True
+        with contextlib.suppress(UserError):  # no key frame at all
+            for count, frame in enumerate(data.decode(container, video.path), 1):
+                if next(landmarker.everyone(show(frame)), None) is not None:
+                    return True
     return count < len(video) / video.fps / 5
 
 

@@ -46,7 +46,7 @@ with contextlib.suppress(ImportError):             # optional
     pillow_heif.register_heif_opener()
 Image.init()
 # Named, as PIL hands others to programs of their own: PostScript to Ghostscript
-FORMATS = [f for f in ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "HEIF") if f in Image.OPEN]
+FORMATS = [f for f in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "HEIF") if f in Image.OPEN]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Video and pictures, in and out
@@ -197,7 +197,7 @@ class Video:
         self.start, M, steps = times[0], len(times), np.diff(times)
 
         usual = 1 / float(rates[0])
-        forward = steps[(steps > 0) & (steps <= GAP)]
+        forward = steps[(steps > 0.001) & (steps <= GAP)]
         if len(forward):  # the mean of those near the median: some clocks count milliseconds
             middle = np.median(forward)
             usual = forward[abs(forward - middle) <= middle / 10].mean()
@@ -208,11 +208,12 @@ class Video:
         times -= times[0]
 
         steady = next((r for r in rates if abs(r * usual - 1) < 0.02), to_rate(1 / usual))
-        average = to_rate((M - 1) / times[-1]) if times[-1] else rates[0]
+        timeless = times[-1] < M / 1000
+        average = rates[0] if timeless else to_rate((M - 1) / times[-1])
         candidates = (*rates, steady, average)
         fits = [r for r in candidates if abs(times - np.arange(M) / float(r)).max() <= 0.6 / r]
         self.repeats = np.ones(M, int)  # how often each frame of the file is shown
-        if fits or not times[-1]:
+        if fits or timeless:
             self.fps = (fits or rates)[0]
         else:
             gaps = np.mean(abs(forward - usual) < usual / 10) > 0.8
@@ -253,12 +254,12 @@ def read_times(path, *version):
         stream = video_stream(container)
         stream.codec_context.options = dict(skip_loop_filter="all", skip_idct="all")  # faster
         frames = tqdm(decode(container, path), "frames", leave=False, disable=None, delay=5)
-        times, unit = [(f.pts, f.dts) for f in frames], float(stream.time_base)
-        rates = [Fraction(r) for r in (stream.average_rate, stream.guessed_rate, 25) if r]
-    for clock in zip(*times):  # AVI has times of decoding only, a raw stream none
-        if None not in clock:
-            return np.array(clock) * unit, rates[:-1] or rates
-    return np.arange(len(times)) / float(rates[0]), rates
+        times, unit = [f.pts for f in frames], float(stream.time_base)
+        claims = (stream.average_rate, stream.guessed_rate, 25)
+        rates = [Fraction(r) for r in claims if r and 1 <= r <= 240]
+    if None in times:  # a raw stream
+        return np.arange(len(times)) / float(rates[0]), rates
+    return np.array(times) * unit, rates[:-1] or rates
 
 
 def read_picture(path):
@@ -1016,7 +1017,7 @@ def disk_needed(paths, about):
     """Bytes that the records of these clips will take, from the lengths of ten of them."""
     lengths = []
     for path in paths[::max(1, len(paths) // 10)]:
-        with contextlib.suppress(UserError):
+        with contextlib.suppress(Exception):  # it is told when its turn comes
             lengths.append(16 if path.suffix.lower() in PICTURES else len(Video(path)))
     cells = about["latent_size"] ** 2
     return len(paths) * np.mean(lengths or [100]) * (2 * about["latent_channels"] * cells + 2 * 3 * LANDMARKS + cells + 1)

@@ -206,7 +206,7 @@ def test_frames_left_out_of_a_constant_rate(tmp_path):
 
 
 def test_invisible_frames_are_none(tmp_path):
-    """VP8's alternate references are packets without a picture. Here: key frames once more, their bit "shown" cleared."""
+    """VP8's alternate references are packets without a picture. Here: key frames again, not shown."""
     path = encode(tmp_path / "x.webm", coded(40), "libvpx", options={"g": "20", "b": "1M"})
     with av.open(str(path)) as source, av.open(str(tmp_path / "y.webm"), "w") as out:
         stream = out.add_stream_from_template(source.streams.video[0])
