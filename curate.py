@@ -13,6 +13,7 @@ names. With torchrun, give the same command once more without it at the end: it 
 file a video in OUT/STAGE, so nothing is done twice, and a video that crashes the decoder is a line of the manifest.
 """
 import concurrent.futures
+import contextlib
 import functools
 import json
 import math
@@ -237,10 +238,12 @@ def key_frames_have_a_face(video, landmarker):
     frame in five seconds, too few to tell."""
     count = 0
     with data.open_video(video.path) as container:
-        container.streams.video[0].codec_context.skip_frame = "NONKEY"
-        for count, frame in enumerate(container.decode(video=0), 1):
-            if next(landmarker.everyone(data.upright(frame)), None) is not None:
-                return True
+        stream = data.video_stream(container)
+        stream.codec_context.skip_frame, show = "NONKEY", data.Screen(stream)
+        with contextlib.suppress(UserError):  # no key frame at all
+            for count, frame in enumerate(data.decode(container, video.path), 1):
+                if next(landmarker.everyone(show(frame)), None) is not None:
+                    return True
     return count < len(video) / video.fps / 5
 
 

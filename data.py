@@ -8,7 +8,9 @@ finds the face in every frame and the one square of the clip, `crop` cuts it, `S
 """
 import contextlib
 import errno
+import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -16,6 +18,7 @@ import os
 import resource
 import shutil
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -30,116 +33,283 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageOps
+from av.stream import Disposition
+from PIL import Image, ImageCms, ImageOps, ImageSequence, PngImagePlugin
 from tqdm import tqdm
 
 import sdit
 from sdit import LANDMARK_COMPONENTS, LANDMARKS, UserError
 
 DEMO = Path(__file__).resolve().parent / "demo"
-VIDEOS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
-FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"]  # PIL would give PostScript to Ghostscript
+VIDEOS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".ts", ".mts", ".mpg", ".3gp", ".wmv", ".flv"}
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic"}
+with contextlib.suppress(ImportError):             # optional
+    import pillow_heif
+    pillow_heif.register_heif_opener()
+Image.init()
+# Named, as PIL hands others to programs of their own: PostScript to Ghostscript
+FORMATS = [f for f in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "HEIF") if f in Image.OPEN]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Video and pictures, in and out
 
 
 def open_video(path):
-    """An open PyAV container with at least one video stream."""
+    """An open PyAV container with a video stream."""
     if not Path(path).is_file():
         raise UserError(f"no such file: {path}")
     try:
         container = av.open(f"file:{path}", metadata_errors="replace")         # 12:30.mp4 has no protocol "12"
     except (av.FFmpegError, OSError) as e:
         raise UserError(f"{path} is not a video that can be read ({e.strerror or e}); re-encode it, for example as H.264 in .mp4") from None
-    if not container.streams.video:
+    if not video_stream(container):
         container.close()
-        raise UserError(f"{path} has no video stream, only sound or text")
-    container.streams.video[0].thread_type = "AUTO"
+        raise UserError(f"{path} has no video stream, only sound, text or a cover")
+    video_stream(container).thread_type = "AUTO"
     return container
 
 
-class Video:
-    """A video as a sequence of upright RGB frames at a constant rate. `fps` is a Fraction, `start` the time of its first
-    frame in seconds, `len()` the number of frames.
+def video_stream(container):
+    """The video stream that players show: the default one. Covers and thumbnails are none."""
+    covers = Disposition.attached_pic | Disposition.timed_thumbnails
+    streams = [s for s in container.streams.video if not s.disposition & covers]
+    rank = [(s.frames != 1, s.disposition & Disposition.default, -s.index, s) for s in streams]
+    return max(rank)[-1] if rank else None
 
-    A file of constant rate gives its frames one to one. One of variable rate (phones, screen captures) is resampled by
-    true time to its average rate: tick k shows the last frame that began by then."""
+
+def audio_stream(container):
+    """The default audio stream, or None."""
+    streams = container.streams.audio
+    return max(streams, key=lambda s: s.disposition & Disposition.default, default=None)
+
+
+def decode(container, path):
+    """Frames of the video stream. Packets before the first that decodes are skipped."""
+    count = 0
+    try:
+        for packet in container.demux(video_stream(container)):
+            try:
+                frames = packet.decode()
+            except av.InvalidDataError:
+                if count:
+                    raise
+                continue
+            for frame in frames:
+                count += 1
+                yield frame
+    except av.FFmpegError as e:
+        reason = f"{path} cannot be decoded beyond frame {count} ({e.strerror}); re-encode it"
+        raise UserError(reason) from None
+    if not count:
+        raise UserError(f"{path} holds no frame that can be decoded; re-encode it")
+
+
+# Numbers of H.273: BT.709 (of matrix, primaries and transfer alike), BT.2020's primaries, PQ, HLG
+BT709, UNSPECIFIED, BT2020, PQ, HLG = 1, 2, 9, 16, 18
+LIMITED = 1  # range
+
+
+class Screen:
+    """Turns decoded frames into the pictures (h, w, 3) uint8 that players show: upright, pixels
+    square, colours of BT.709, all of the first one's size. It is a filter graph of FFmpeg."""
+
+    def __init__(self, stream):
+        self.aspect, self.size, self.kind = float(stream.sample_aspect_ratio or 1), None, None
+
+    def __call__(self, frame):
+        turn = bytes(frame.side_data.get("DISPLAYMATRIX") or b"")
+        colors = frame.colorspace, frame.color_range, frame.color_trc, frame.color_primaries
+        kind = frame.width, frame.height, frame.format.name, *colors, turn
+        if kind != self.kind:  # a stream may change on its way
+            self.kind, self.graph = kind, self._graph(frame, turn)
+        self.graph.push(frame)
+        return self.graph.pull().to_ndarray()
+
+    def _graph(self, frame, turn):
+        w, h = frame.width, frame.height
+        self.size = self.size or (round(w * self.aspect), h)
+        wide = frame.color_primaries == BT2020 or frame.color_trc in (PQ, HLG)
+
+        matrix = "auto"
+        if frame.colorspace == UNSPECIFIED and (wide or h >= 720 or w >= 1280):
+            matrix = "bt2020" if wide else "bt709"
+        a, b, _, c, d = np.frombuffer(turn, np.int32)[:5] if turn else (1, 0, 0, 0, 1)
+        turned = abs(b) > abs(a)
+        across, down = (c, b) if turned else (a, d)
+
+        graph = av.filter.Graph()
+        kind = f"video_size={w}x{h}:pix_fmt={frame.format.name}:time_base=1/25"
+        chain = [
+            graph.add("buffer", f"{kind}:colorspace={frame.colorspace}:range={frame.color_range}"),
+            graph.add("scale", f"{self.size[0]}:{self.size[1]}:in_color_matrix={matrix}"),
+        ]
+        if wide:
+            table = standard_range(frame.color_trc)
+            chain += [graph.add("format", "gbrp16le"), graph.add("lut3d", file=table.name)]
+        turns = (turned, "transpose"), (across < 0, "hflip"), (down < 0, "vflip")
+        chain += [graph.add(name) for needed, name in turns if needed]
+        chain += [graph.add("format", "rgb24"), graph.add("buffersink")]
+        graph.link_nodes(*chain).configure()
+        return graph
+
+
+@functools.cache
+def standard_range(transfer, n=33):
+    """A file of FFmpeg's lut3d from RGB of BT.2020, of HDR with `transfer`, to BT.709. It does what
+    zscale, which PyAV lacks, and tonemap=mobius:desat=0 do: 1 is 100 cd/m2."""
+    v = np.stack(np.meshgrid(*[np.linspace(0, 1, n)] * 3, indexing="ij")[::-1], -1)
+    v = v.reshape(-1, 3)  # red runs fastest
+    if transfer == PQ:  # SMPTE ST 2084
+        p = v ** (1 / 78.84375)
+        light = 100 * (np.maximum(p - 0.8359375, 0) / (18.8515625 - 18.6875 * p)) ** 6.277394636
+    elif transfer == HLG:  # ARIB STD-B67, on a display of 1000 cd/m2
+        high = (np.exp((v - 0.55991073) / 0.17883277) + 0.28466892) / 12
+        light = 10 * np.where(v <= 0.5, v * v / 3, high) ** 1.2
+    else:
+        light = v**2.4
+    to_bt709 = [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]]
+    light = light @ np.transpose(to_bt709)
+
+    if transfer in (PQ, HLG):  # up to 0.3 as it is, above bent, so that 10 becomes 1
+        top = light.max(1, keepdims=True).clip(1e-6)
+        light *= np.where(top > 0.3, 1.05401 * (top - 0.085381) / (top + 0.454444), top) / top
+
+    file = tempfile.NamedTemporaryFile("w", suffix=".cube")
+    np.savetxt(file, light.clip(0, 1) ** (1 / 2.4), "%.5f", header=f"LUT_3D_SIZE {n}", comments="")
+    file.flush()
+    return file
+
+
+GAP = 60  # seconds; a longer step is a clock set anew
+
+
+class Video:
+    """A video or picture as a sequence of frames (h, w, 3) uint8 as shown, at a constant rate:
+    `fps` (Fraction), `start` (seconds, of the first frame), `len()`.
+
+    A file of constant rate gives its frames one to one; for those left out, others are repeated.
+    One of variable rate (phones, screen captures) is resampled by true time to its average rate:
+    tick k shows the last frame that began by then. Where the clock goes back or leaps (recordings
+    joined), the next frame follows at the usual distance."""
 
     def __init__(self, path):
-        self.path = path
-        with open_video(path) as container:
-            stream = container.streams.video[0]
-            try:
-                times = [p.dts if p.pts is None else p.pts for p in container.demux(stream) if p.size and not p.is_discard]
-            except av.FFmpegError as e:
-                raise UserError(f"{path} cannot be read to its end ({e.strerror}); re-encode it") from None
-            self.fps = Fraction(stream.average_rate or stream.guessed_rate or 25)
-            if None in times:                                                   # a raw stream: no timing but its rate
-                times = np.arange(len(times)) / float(self.fps)
-            else:
-                times = np.sort(times) * float(stream.time_base)
-        self.start = times[0] if len(times) else 0.0
-        times = times - self.start
-        self.repeats = np.ones(len(times), int)                                 # how often each frame of the file is shown
-        if len(times) > 1 and abs(times - np.arange(len(times)) / float(self.fps)).max() > 0.6 / self.fps:
-            self.fps = Fraction((len(times) - 1) / times[-1]).limit_denominator(1001)
-            ticks = np.arange(round(times[-1] * self.fps) + 1) / float(self.fps) + 1e-6
-            self.repeats = np.bincount(np.searchsorted(times, ticks, "right") - 1, minlength=len(times))
-        self.length = int(self.repeats.sum())
-        if not self.length:
-            raise UserError(f"{path} holds no frames")
+        self.path, self.is_picture = path, read_picture(path) is not None
+        about = Path(path).stat()
+        times, rates = read_times(path, about.st_mtime_ns, about.st_size)
+        self.start, M, steps = times[0], len(times), np.diff(times)
+
+        usual = 1 / float(rates[0])
+        forward = steps[(steps > 0.001) & (steps <= GAP)]
+        if len(forward):  # the mean of those near the median: some clocks count milliseconds
+            middle = np.median(forward)
+            usual = forward[abs(forward - middle) <= middle / 10].mean()
+
+        seams = (steps < -2.5 * usual) | (steps > GAP)
+        self.shifts = np.cumsum([0, *(usual - steps[seams])]).tolist()  # of the clock, after each
+        times = np.sort(np.cumsum([0, *np.where(seams, usual, steps)]))  # smaller steps back: slips
+        times -= times[0]
+
+        steady = next((r for r in rates if abs(r * usual - 1) < 0.02), to_rate(1 / usual))
+        timeless = times[-1] < M / 1000
+        average = rates[0] if timeless else to_rate((M - 1) / times[-1])
+        candidates = (*rates, steady, average)
+        fits = [r for r in candidates if abs(times - np.arange(M) / float(r)).max() <= 0.6 / r]
+        self.repeats = np.ones(M, int)  # how often each frame of the file is shown
+        if fits or timeless:
+            self.fps = (fits or rates)[0]
+        else:
+            gaps = np.mean(abs(forward - usual) < usual / 10) > 0.8
+            self.fps, late = (steady, 0.5 / steady) if gaps else (average, 1e-6)
+            ticks = np.arange(round(times[-1] * self.fps) + 1) / float(self.fps) + float(late)
+            shown = np.searchsorted(times, ticks, "right") - 1
+            self.repeats = np.bincount(shown, minlength=M)
 
     def __len__(self):
-        return self.length
+        return int(self.repeats.sum())
 
     def __iter__(self):
-        """Frames (h, w, 3) uint8, rotated upright, one at a time; always len(self) of them."""
-        count, frame = 0, None
-        with open_video(self.path) as container:
-            try:
-                for frame, repeat in zip(container.decode(video=0), self.repeats):
-                    for _ in range(repeat):
-                        count += 1
-                        yield upright(frame)
-            except av.FFmpegError as e:
-                raise UserError(f"{self.path} cannot be decoded beyond frame {count} ({e.strerror}); re-encode it") from None
-        if frame is None:
-            raise UserError(f"{self.path} holds no frame that can be decoded; re-encode it")
-        for _ in range(self.length - count):                                    # packets that decode to nothing
-            yield upright(frame)
+        for frame, repeat in zip(read_frames(self.path), self.repeats):
+            yield from [frame] * repeat
 
 
-def upright(frame):
-    """(h, w, 3) uint8 of a decoded frame, turned as its display matrix says, as players do."""
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90 % 4))
+def to_rate(rate):
+    return Fraction(rate).limit_denominator(1001)
+
+
+def read_frames(path):
+    """Yield the frames of a video, or the pictures of a picture file, as shown, each once."""
+    frame = None
+    for frame, _ in read_pictures(path):
+        yield frame
+    if frame is None:
+        with open_video(path) as container:
+            yield from map(Screen(video_stream(container)), decode(container, path))
+
+
+@functools.lru_cache(256)
+def read_times(path, *version):
+    """(seconds at which each frame begins, [rates that the file claims]). Only decoding tells:
+    packets may hold no frame, or one that does not decode. `version` is for the cache."""
+    if seconds := [seconds for _, seconds in read_pictures(path)]:
+        return np.cumsum([0, *seconds[:-1]]), [Fraction(25)]
+    with open_video(path) as container:
+        stream = video_stream(container)
+        stream.codec_context.options = dict(skip_loop_filter="all", skip_idct="all")  # faster
+        frames = tqdm(decode(container, path), "frames", leave=False, disable=None, delay=5)
+        times, unit = [f.pts for f in frames], float(stream.time_base)
+        claims = (stream.average_rate, stream.guessed_rate, 25)
+        rates = [Fraction(r) for r in claims if r and 1 <= r <= 240]
+    if None in times:  # a raw stream
+        return np.arange(len(times)) / float(rates[0]), rates
+    return np.array(times) * unit, rates[:-1] or rates
 
 
 def read_picture(path):
-    """(h, w, 3) uint8 of a still picture: EXIF rotation applied, transparency over white, 16 bits scaled to 8; None for a
-    file that is not a picture (a video, perhaps). UserError where it is one by name only."""
+    """(h, w, 3) uint8 of a picture file, the first if it holds several; None for another file (a
+    video, perhaps). UserError where it is a picture by name only."""
+    return next((picture for picture, _ in read_pictures(path)), None)
+
+
+def read_pictures(path):
+    """Yield (picture (h, w, 3) uint8, seconds that it is shown): one, or those of an animation."""
     if not Path(path).is_file():
         raise UserError(f"no such file: {path}")
     try:
-        image = ImageOps.exif_transpose(Image.open(path, formats=FORMATS))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:           # SyntaxError: PIL's word for a broken PNG
-        if Path(path).suffix.lower() not in PICTURES:
-            return None
-        raise UserError(f"{path} is not a picture that can be read ({e}); save it again") from None
-    if image.mode.startswith("I"):                                              # 16-bit grey
-        image = Image.fromarray((np.asarray(image).astype(np.float64) / 256).clip(0, 255).astype(np.uint8))
+        with Image.open(path, formats=FORMATS) as image:
+            moves = image.format in ("GIF", "PNG", "WEBP", "AVIF")  # others hold thumbnails, pages
+            for page in ImageSequence.Iterator(image) if moves else [image]:
+                yield as_shown(page), (page.info.get("duration") or 100) / 1000
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # Syntax: of a PNG
+        with open(path, "rb") as f:
+            heic = f.read(12)[4:] in (b"ftypheic", b"ftypheix", b"ftypmif1")
+        if not heic and Path(path).suffix.lower() not in PICTURES:
+            return
+        reason = "HEIC needs pip install pillow-heif" if heic else e
+        raise UserError(f"{path} is not a picture that can be read ({reason}); save it again") from None
+
+
+def as_shown(image):
+    """(h, w, 3) uint8 of a PIL image as viewers show it: EXIF rotation and colour profile applied,
+    16 bits scaled to 8, transparency over white."""
+    profile, image = image.info.get("icc_profile"), ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey
+        image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "P"):
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image).convert("RGB")
+    if profile:
+        srgb = ImageCms.createProfile("sRGB")
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # broken, or for other colours
+            image = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode="RGB")
     return np.array(image.convert("RGB"))
 
 
 def check_output(path, *inputs):
     """Refuse an output name that could only fail, or destroy an input, at the end of the work."""
-    if Path(path).suffix.lower() not in {".mp4", ".mov", ".mkv", ".m4v"} or Path(path).is_dir():
-        raise UserError(f"cannot write {path}; name a file that ends in .mp4, .mov or .mkv")
+    endings = {".mp4", ".mov", ".mkv", ".m4v", ".png"}
+    if Path(path).suffix.lower() not in endings or Path(path).is_dir():
+        raise UserError(f"cannot write {path}; name a file that ends in .mp4, .mov, .mkv or, for one frame, .png")
     folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"cannot write {path}: {folder} is not a folder you may write to")
@@ -147,72 +317,132 @@ def check_output(path, *inputs):
         raise UserError(f"the output {path} is also an input; choose another --out")
 
 
+def write_sound(video, target, way, span=(0.0, math.inf)):
+    """Write the sound of a Video, or `span` (seconds) of it, to an open container: "copy" its packets
+    or "code" it as AAC. A generator: its first step adds the stream, the others write a piece."""
+    with open_video(video.path) as source:
+        audio, copy = audio_stream(source), way == "copy"
+        if copy:
+            stream = target.add_stream_from_template(audio)
+        else:
+            rate = audio.rate if audio.rate in (8000, 16000, 22050, 24000, 32000, 44100) else 48000
+            layout = "mono" if audio.channels == 1 else "stereo"
+            stream = target.add_stream("aac", rate, layout=layout)
+        yield
+
+        begin, end = (float(video.start + seconds) for seconds in span)
+        shifts, last, written = list(video.shifts), None, -math.inf
+        for packet in source.demux(audio):
+            pieces = [packet]
+            if not copy:
+                try:
+                    pieces = packet.decode()
+                except av.InvalidDataError:  # as players do: on with the next
+                    continue
+            for piece in (p for p in pieces if p.pts is not None):
+                time = float(piece.pts * piece.time_base)
+                if last is not None and not -0.1 < time - last <= GAP and len(shifts) > 1:
+                    shifts.pop(0)  # a clock set anew, as for the frames
+                last, time = time, time + shifts[0]
+                if not max(begin, written - 0.01) <= time < end:  # joined sounds may overlap
+                    continue
+                written = time + float((piece.duration or 0) * piece.time_base)
+                piece.pts += round((shifts[0] - begin) / piece.time_base)
+                if copy:
+                    piece.dts, piece.stream = piece.pts, stream
+                target.mux(piece if copy else stream.encode(piece))
+                yield
+        if not copy:
+            target.mux(stream.encode(None))
+
+
+@functools.lru_cache(8)
+def sound_way(video, suffix):
+    """How the sound of a Video gets into a file with this ending, tried out in memory: "copy" where
+    every player knows its codec, else "code", else None, which is said, once."""
+    if video.is_picture:
+        return None
+    with open_video(video.path) as container:
+        audio = audio_stream(container)
+        if not audio:
+            return None
+        codec = audio.codec_context and audio.codec_context.name
+    known = codec in ("aac", "mp3", "mp3float", "ac3", "eac3", "alac")
+    kind, reason = {".mkv": "matroska", ".m4v": "ipod"}.get(suffix, suffix[1:]), "cannot be decoded"
+    for way in ["copy", "code"] if known else ["code"] if codec else []:
+        try:
+            with av.open(io.BytesIO(), "w", kind) as trial:
+                if len(list(itertools.islice(write_sound(video, trial, way), 64))) > 1:
+                    return way
+        except (av.FFmpegError, ValueError) as e:
+            reason = str(e)
+    print(f"the sound of {video.path} is left out ({reason})")
+
+
 class VideoWriter:
     """Write an H.264 video of exactly the frames given, with the sound of another file.
 
         with VideoWriter("out.mp4", fps, "comment", sound=Video("driving.mp4")) as out:
-            out.write(frame)                                                    # (h, w, 3) uint8, h and w even
+            out.write(frame)  # (h, w, 3) uint8, h and w even
 
-    The file appears under its name when all is written; after an exception nothing is left. `span`, seconds (from, to) of
-    the other file, cuts the sound. Sound that every player knows in an .mp4 is copied packet by packet, other kinds are coded as AAC."""
+    The file appears under its name when all is written; after an exception nothing is left. `span`,
+    seconds (from, to) of the other file, cuts the sound. A name in .png takes one frame."""
 
-    def __init__(self, path, fps, comment="", sound=None, span=(0.0, float("inf"))):
-        self.path, self.fps, self.comment, self.sound, self.span = Path(path), Fraction(fps), comment, sound, span
+    def __init__(self, path, fps, comment="", sound=None, span=(0.0, math.inf)):
+        self.path, self.fps, self.comment = Path(path), Fraction(fps), comment
+        self.sound, self.span = sound, span
         self.temporary = sdit.hidden(self.path, f".tmp{self.path.suffix}")
+        self.still = self.path.suffix.lower() == ".png"
 
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.stream, self.writes_sound, self.count = None, (), 0
+        if self.still:
+            return self
         try:
-            self.container = av.open(f"file:{self.temporary}", "w")
+            plain = dict(fflags="+bitexact")  # or .mkv gets random numbers
+            self.container = av.open(f"file:{self.temporary}", "w", options=plain)
         except (ValueError, av.FFmpegError, OSError) as e:
             raise UserError(f"cannot write {self.path} ({e}); name it like out.mp4, in a folder you may write to") from None
         self.container.metadata["comment"] = self.comment
-        self.stream, self.count = None, 0
         return self
 
     def write(self, frame):
+        if self.still:
+            about = PngImagePlugin.PngInfo()
+            about.add_text("Comment", self.comment)
+            return Image.fromarray(frame).save(self.temporary, pnginfo=about)
         if self.stream is None:
             self._open(*frame.shape[:2])
         picture = av.VideoFrame.from_ndarray(frame, "rgb24")
+        picture = picture.reformat(format="yuv420p", dst_colorspace=BT709, dst_color_range=LIMITED)
         picture.pts, picture.time_base = self.count, 1 / self.fps
         self.count += 1
         self.container.mux(self.stream.encode(picture))
 
     def _open(self, height, width):
-        self.stream = self.container.add_stream("libx264", rate=self.fps, options={"crf": "16", "preset": "fast"})
+        # x264's macroblock tree reads memory it never wrote at sizes like 64: other files each run
+        options = dict(crf="16", preset="fast", mbtree="0")
+        self.stream = self.container.add_stream("libx264", rate=self.fps, options=options)
         self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "yuv420p"
-        self.stream.time_base = self.stream.codec_context.time_base = 1 / self.fps
-        self.other = open_video(self.sound.path) if self.sound else None
-        self.audio = self.other.streams.audio[0] if self.other and self.other.streams.audio else None
-        if self.audio:
-            self.copy = self.audio.codec_context.name in ("aac", "mp3", "mp3float", "ac3", "eac3", "alac")
-            self.voice = self.container.add_stream_from_template(self.audio) if self.copy else \
-                self.container.add_stream("aac", rate=self.audio.rate)
-
-    def _write_sound(self):
-        begin, end = (self.sound.start + seconds for seconds in self.span)
-        try:
-            for packet in self.other.demux(self.audio):
-                for piece in [packet] if self.copy else packet.decode():
-                    if piece.pts is None or not begin <= piece.pts * piece.time_base < end:
-                        continue
-                    piece.pts -= round(begin / piece.time_base)
-                    if self.copy:
-                        piece.dts, piece.stream = piece.pts, self.voice
-                    self.container.mux(piece if self.copy else self.voice.encode(piece))
-            if not self.copy:
-                self.container.mux(self.voice.encode(None))
-        except av.FFmpegError as e:                                             # the pictures are worth more than the end of the sound
-            print(f"the sound of {self.sound.path} could not be taken over to its end ({e.strerror})")
+        context = self.stream.codec_context
+        self.stream.time_base = context.time_base = 1 / self.fps
+        context.colorspace = context.color_primaries = context.color_trc = BT709
+        context.color_range = LIMITED
+        if way := self.sound and sound_way(self.sound, self.path.suffix.lower()):
+            self.writes_sound = write_sound(self.sound, self.container, way, self.span)
+            next(self.writes_sound)
 
     def __exit__(self, kind, *_):
         try:
             if kind is None and self.stream:
                 self.container.mux(self.stream.encode(None))
-                if self.audio:
-                    with self.other:
-                        self._write_sound()
-            self.container.close()
+                try:
+                    list(self.writes_sound)
+                except (av.FFmpegError, ValueError) as e:  # the pictures are worth more
+                    print(f"the end of the sound of {self.sound.path} could not be taken over ({e})")
+            if not self.still:
+                self.container.close()
             if kind is None:
                 os.replace(self.temporary, self.path)
         finally:
@@ -472,13 +702,10 @@ class Stopwatch:
 # ----------------------------------------------------------------------------------------------------------------------
 # CLIP
 
-# OpenAI's models have "quick" GELU; open_clip's configuration by the name ViT-L-14 has not, and would load them without a word.
-OPENAI_VIT_L14 = dict(embed_dim=768, quick_gelu=True, vision_cfg=dict(image_size=224, layers=24, width=1024, patch_size=14),
-                      text_cfg=dict(context_length=77, vocab_size=49408, width=768, heads=12, layers=12))
-
-
 # What a CLIP file may configure; open_clip would take more, and fetch what it names.
-CLIP_KEYS = OPENAI_VIT_L14 | dict(vision_cfg=OPENAI_VIT_L14["vision_cfg"] | dict(head_width=64, mlp_ratio=4.0))
+CLIP_KEYS = dict(embed_dim=1, quick_gelu=True,
+                 vision_cfg=dict(image_size=1, layers=1, width=1, patch_size=1, head_width=1, mlp_ratio=1.0),
+                 text_cfg=dict(context_length=1, vocab_size=1, width=1, heads=1, layers=1))
 
 
 class SceneEncoder:
@@ -489,7 +716,7 @@ class SceneEncoder:
 
     def __init__(self, path, device="cpu"):
         tensors, config = sdit.read_tensors(path)
-        config = config or OPENAI_VIT_L14
+        config = config or openai_vit_l14()
         if not {"embed_dim", "vision_cfg", "text_cfg"} <= set(config) or not sdit.is_like(config, CLIP_KEYS):
             raise UserError(f"{path} is not a CLIP file: its metadata has no open_clip configuration that is known here")
         import open_clip
@@ -507,17 +734,21 @@ class SceneEncoder:
         return self.model.encode_text(self.tokenizer(sentences).to(self.device), normalize=True).float()
 
 
+def openai_vit_l14():
+    """OpenAI's models have "quick" GELU, which open_clip's configuration ViT-L-14 has not."""
+    import open_clip
+    return open_clip.get_model_config("ViT-L-14-quickgelu")
+
+
 def clip_pixels(pixels, size):
-    """CLIP's input of pictures (B, 3, h, w) in [-1, 1]: short side to `size`, bicubic with antialias, centre, OpenAI's mean and
-    spread."""
-    h, w = pixels.shape[-2:]
-    scale = size / min(h, w)
-    if scale != 1:
-        pixels = F.interpolate(pixels, (round(h * scale), round(w * scale)), mode="bicubic", antialias=True).clamp(-1, 1)
-    top, left = ((n - size) // 2 for n in pixels.shape[-2:])
-    mean = pixels.new_tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
-    spread = pixels.new_tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
-    return ((pixels[..., top:top + size, left:left + size] + 1) / 2 - mean) / spread
+    """CLIP's input of pictures (B, 3, h, w) in [-1, 1]: OpenAI's size, centre, mean and deviation."""
+    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+    from torchvision.transforms import functional
+    if min(pixels.shape[-2:]) != size:
+        bicubic = functional.InterpolationMode.BICUBIC
+        pixels = functional.resize(pixels, size, bicubic, antialias=True).clamp(-1, 1)
+    pixels = functional.center_crop(pixels, size)
+    return functional.normalize((pixels + 1) / 2, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

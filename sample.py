@@ -471,8 +471,7 @@ def load_models(path=DEMO / "sdit.safetensors", device=None, engine=None):
 def read_source(path, landmarker, size, number):
     """(face crop (size, size, 3) uint8, landmarks (478, 3), how many faces there are) of face `number` of a picture, or of a video's first
     frame with a face."""
-    picture = data.read_picture(path)
-    for frame in data.Video(path) if picture is None else [picture]:
+    for frame in data.read_frames(path):
         if faces := list(landmarker.everyone(frame)):
             points = data.pick_face(faces, number, path)
             return data.crop(frame, data.face_square(points[None]), size), points, len(faces)
@@ -505,10 +504,11 @@ def write_frames(paths, latent, wanted, autoencoder, driving, square, source, co
                 images = data.to_images(autoencoder.decode(torch.stack([latent(f) for f in wanted[i:i + 8]]).to(device, torch.float32)))
             with watch("writing"):
                 for image in images:
+                    image = data.resize(image, max(256, len(image)))  # H.264 blurs smaller ones
                     files[0].write(image)
                     for comparison in files[1:]:
                         panels = [*([] if source is None else [source]), data.crop(next(shown), square), image]
-                        comparison.write(np.concatenate([data.resize(panel, max(256, len(image))) for panel in panels], 1))
+                        comparison.write(np.concatenate([data.resize(panel, len(image)) for panel in panels], 1))
                     bar.update()
 
 
@@ -539,6 +539,7 @@ def reenact(source=None, driving=DEMO / "driving.mp4", out="reenacted.mp4", mode
     The rest is as on the command line. Under torchrun the processes share the rows, and rank 0 writes. Threads may call it at once, with
     one `model` and an `out` each. Returns the seconds by part. Raises UserError on bad input; then nothing is written."""
     watch, paths = data.Stopwatch(), outputs(out, compare)
+    still = Path(out).suffix.lower() == ".png"
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     driving_face, source_face = (*face, 0)[:2]
     with ExitStack() as stack, torch.no_grad():
@@ -558,6 +559,10 @@ def reenact(source=None, driving=DEMO / "driving.mp4", out="reenacted.mp4", mode
             with watch("landmarks"):
                 video = data.Video(driving)
                 wanted = parse_only(only, len(video)) if only else range(len(video))
+                if still and len(wanted) > 1:
+                    raise UserError(f"{out} cannot hold {len(wanted)} frames; name it like out.mp4")
+                for path in paths if rank == 0 and not still else ():
+                    data.sound_way(video, path.suffix.lower())                  # says now what cannot be taken over
                 picture, shape, people = read_source(source, models.landmarker, models.size, source_face) if source else (None, None, 0)
                 tracked = data.track(video, models.landmarker, driving, len(video), driving_face)
                 landmarks = retargeted(tracked.landmarks, shape) if retarget else tracked.landmarks
@@ -593,7 +598,8 @@ def reenact(source=None, driving=DEMO / "driving.mp4", out="reenacted.mp4", mode
                 finished.remove()
                 for path in outputs(out, True):                                 # of killed runs
                     sdit.hidden(path, f".tmp{path.suffix}").unlink(missing_ok=True)
-                print(f"{' and '.join(map(str, paths))}: {len(wanted)} frames of {models.size} x {models.size}\n{watch}")
+                side = max(256, models.size)
+                print(f"{' and '.join(map(str, paths))}: {len(wanted)} frames of {side} x {side}\n{watch}")
     return dict(watch.seconds)
 
 
@@ -601,7 +607,8 @@ def outputs(out, compare):
     """The files that a job writes."""
     if not Path(out).name:
         raise UserError(f"--out {out} names no file; name one like out.mp4")
-    return [Path(out), Path(out).with_name(f"{Path(out).stem}-compare.mp4")][:1 + compare]
+    ending = ".png" if Path(out).suffix.lower() == ".png" else ".mp4"
+    return [Path(out), Path(out).with_name(f"{Path(out).stem}-compare{ending}")][:1 + compare]
 
 
 def make_conditions(models, scene, landmarks, guidance):
@@ -683,8 +690,8 @@ def arguments():
     number, whole = sdit.number, sdit.number(int, 0)
     ap = sdit.Parser(__doc__)
     ap.add_argument("--source", type=Path, help="picture of a face, or a video (its first frame with a face); default: the bundled one")
-    ap.add_argument("--driving", type=Path, default=DEMO / "driving.mp4", help="video whose movements are taken")
-    ap.add_argument("--out", type=Path, default=Path("reenacted.mp4"))
+    ap.add_argument("--driving", type=Path, default=DEMO / "driving.mp4", help="video (or picture) whose movements are taken")
+    ap.add_argument("--out", type=Path, default=Path("reenacted.mp4"), help="video, or for one frame .png")
     ap.add_argument("--pairs", type=Path, help="CSV file with the columns source,driving,out[,prompt]: many jobs, models loaded once")
     ap.add_argument("--model", type=Path, default=DEMO / "sdit.safetensors", help="model file made by train.py")
     ap.add_argument("--prompt", help="a sentence in place of the source, or, with one, mixed into it")

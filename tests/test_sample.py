@@ -235,8 +235,7 @@ def test_the_bundled_example(tmp_path):
     with av.open(str(tmp_path / "reenacted.mp4")) as f:
         about = f.metadata["comment"]
     assert about.startswith("synthetic") and json.loads(about.partition("; ")[2])["steps"] == 2
-    size = sdit.load_model(ROOT / "demo" / "sdit.safetensors").config.latent_size * 4
-    assert next(iter(result)).shape == (size, size, 3)
+    assert next(iter(result)).shape == (256, 256, 3)                            # enlarged: H.264 blurs 64 x 64
     assert next(iter(data.Video(tmp_path / "reenacted-compare.mp4"))).shape == (256, 768, 3)
 
 
