@@ -17,7 +17,6 @@ import importlib.util
 import json
 import os
 import sys
-import zlib
 from pathlib import Path
 
 import cv2

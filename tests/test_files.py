@@ -447,4 +447,4 @@ def test_frames_of_one_time_stop_neither_data_nor_sample(tmp_path, clip, monkeyp
     assert len(list(data.Video(tmp_path / "o.mp4"))) == 12
     monkeypatch.setattr("sys.argv", ["data.py", str(tmp_path / "clips"), "--out", str(tmp_path / "cache")])
     data.main()
-    assert len(data.Rows(tmp_path / "cache", 8)) == 1
+    assert len(data.Rows(tmp_path / "cache", 2)) == 1
