@@ -37,6 +37,13 @@ import sdit
 import world
 
 
+device = "cuda" if torch.cuda.is_available() else "cpu"
+autocast = torch.autocast(device, torch.bfloat16, enabled=sdit.has_bf16(device))
+if device == "cpu":                                # the fused kernel's backward pass takes half of a step there
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+
+
 @dataclasses.dataclass
 class Recipe:
     """What is built, and how long each network is trained."""
@@ -50,11 +57,13 @@ class Recipe:
     autoencoder_clips: int = 1600                  # the first ones are enough for it
     autoencoder_steps: int = 6000
     clip_steps: int = 2500
+    unseen: int = 400                              # faces that CLIP is judged by
+    processes: int = 2 if device == "cpu" and os.cpu_count() > 1 else 1         # of the sDiT's training
     runs: tuple = ((1, 100_000, 32, 2.4e-3), (4, 100_000, 16, 1.2e-3))          # of the sDiT: frames, steps, rows a step, learning rate
 
 
 QUICK = Recipe(folder=DEMO / "build" / "quick", clips=160, frames=8, paintings=16, render=72, size=64, autoencoder_clips=160, autoencoder_steps=500,
-               clip_steps=150, runs=((1, 800, 16, 2.4e-3), (4, 150, 8, 1e-3)))
+               clip_steps=150, unseen=80, runs=((1, 800, 16, 2.4e-3), (4, 150, 8, 1e-3)))
 
 
 AUTOENCODER = sdit.AutoencoderConfig(widths=(16, 16, 48, 96), layers=1, latent_channels=8, groups=4, scale=1.0)
@@ -62,11 +71,6 @@ CLIP = dict(embed_dim=128,
             vision_cfg=dict(image_size=96, patch_size=12, width=160, layers=5, head_width=32, mlp_ratio=3.0),
             text_cfg=dict(context_length=48, vocab_size=49408, width=64, heads=2, layers=2))
 SOURCE_SEED, DRIVING_SEED, PAINTING_SEED, UNSEEN = 1_000_021, 1_000_010, 2_000_000, 1_000_000
-device = "cuda" if torch.cuda.is_available() else "cpu"
-autocast = torch.autocast(device, torch.bfloat16, enabled=sdit.has_bf16(device))
-if device == "cpu":                                # the fused kernel's backward pass takes half of a step there
-    torch.backends.cuda.enable_flash_sdp(False)
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -172,7 +176,7 @@ def build_autoencoder(recipe, batch=8, lr=1.5e-3):
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     pixels, landmarks = (x.reshape(-1, *x.shape[2:]) for x in load_clips(recipe.autoencoder_clips, recipe.folder, "pixels", "landmarks"))
-    held_out = 16 * recipe.frames
+    held_out = min(16, recipe.clips // 4) * recipe.frames
     test, pixels = data.to_tensor(pixels[-held_out:]), pixels[:-held_out]
     model = sdit.AutoencoderKL(AUTOENCODER).to(device, memory_format=torch.channels_last)
     perceptual = Perceptual().to(device, memory_format=torch.channels_last)
@@ -203,15 +207,28 @@ def build_autoencoder(recipe, batch=8, lr=1.5e-3):
         if step % 100 == 0:
             bar.set_postfix_str(f"loss {loss.item():.3f}, PSNR {10 * math.log10(4 / error.item()):.1f} dB")
 
-    model.eval()
-    with torch.no_grad():
-        latents = torch.cat([model.encode(x.to(device)) for x in test.split(32)])
-        model.config = dataclasses.replace(model.config, scale=float(1 / latents.std()))
-        decoded = torch.cat([model.decode(z * model.config.scale) for z in latents.split(32)])
-        error = F.mse_loss(decoded.cpu(), test)
-    spread = (latents * model.config.scale).std((0, 2, 3))
-    print(f"autoencoder: PSNR {10 * math.log10(4 / error):.2f} dB on 16 unseen faces, scale {model.config.scale:.3f}, "
-          f"standard deviation by channel {spread.min():.2f} to {spread.max():.2f}")
+    sdit.save_model(recipe.folder / "autoencoder-unfinished.safetensors", model)
+    finish_autoencoder(recipe, data.to_tensor(pixels[::math.ceil(len(pixels) / 512)]), test)
+
+
+@torch.no_grad()
+def finish_autoencoder(recipe, pictures, test):
+    """Bring every latent channel to mean 0 and standard deviation 1 over `pictures`, by the two 1 x 1 convolutions around them:
+    decoded pictures stay what they were, and no channel is drowned by the noise of diffusion sooner than others."""
+    model = sdit.load_autoencoder(recipe.folder / "autoencoder-unfinished.safetensors", device)
+    C = model.config.latent_channels
+    latents = torch.cat([model.encode(x.to(device)) for x in pictures.split(32)])           # of scale 1 so far
+    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    model.quant_conv.weight[:C] /= deviation.view(-1, 1, 1, 1)
+    model.quant_conv.bias[:C] = (model.quant_conv.bias[:C] - mean) / deviation
+    weight = model.post_quant_conv.weight
+    model.post_quant_conv.bias += weight[:, :, 0, 0] @ mean
+    weight *= deviation.view(1, -1, 1, 1)
+
+    decoded = torch.cat([model.decode(model.encode(x.to(device))) for x in test.split(32)])
+    error = F.mse_loss(decoded.cpu(), test)
+    print(f"autoencoder: PSNR {10 * math.log10(4 / error):.2f} dB on unseen faces; standard deviations of the channels before they "
+          f"were brought to 1: {deviation.min():.2f} to {deviation.max():.2f}")
     sdit.save_model(recipe.folder / "autoencoder.safetensors", model, torch.float16)
 
 
@@ -298,13 +315,13 @@ def build_clip(recipe, batch=80, lr=1e-3):
 
 
 @torch.no_grad()
-def report_clip(recipe, groups=10):
+def report_clip(recipe):
     """Print the share of unseen faces, in groups of 40, whose caption is the nearest of the 40, and how well a linear probe on the
     vectors of pictures tells each attribute, beside the share of its most frequent value."""
     encoder = data.SceneEncoder(recipe.folder / "clip.safetensors", device)
     landmarker, right = data.FaceLandmarker(), []
     vectors, people = [], []
-    for i in tqdm(range(40 * groups), "unseen faces"):
+    for i in tqdm(range(recipe.unseen), "unseen faces"):
         frames, caption, face, _ = world.sample_clip(UNSEEN + i, 1, recipe.render)
         square = data.track(frames, landmarker, "a test face").square
         vectors.append(encoder.images(data.to_tensor(data.crop(frames[0], square, recipe.size)[None])).cpu())
@@ -312,7 +329,7 @@ def report_clip(recipe, groups=10):
     vectors = torch.cat(vectors)                                                # (400, S)
     for i in range(0, len(vectors), 40):
         likeness = vectors[i:i + 40] @ encoder.texts([p["caption"] for p in people[i:i + 40]]).cpu().T
-        right += (likeness.argmax(1) == torch.arange(40)).tolist()
+        right += (likeness.argmax(1) == torch.arange(len(likeness))).tolist()
     print(f"CLIP: {recipe.clip_steps} steps, top-1 of 40 unseen captions {np.mean(right):.1%}")
 
     centred = torch.cat([vectors - vectors.mean(0), torch.ones(len(vectors), 1)], 1).double()
@@ -343,6 +360,7 @@ def build_cache(recipe):
         entries.append(dict(file=f"{seed:06d}", frames=recipe.frames))
         writer.add(data.encode_clip(clip["pixels"], tracked, recipe.fps, autoencoder, encoder), entries[-1])
     writer.finish(entries)
+    shutil.copy(autoencoder_path, recipe.folder / "cache")                      # train.py's previews look for it there
 
 
 def build_paintings(recipe):
@@ -368,11 +386,10 @@ def run(script, *arguments, processes=1, **flags):
 def build_sdit(recipe):
     """First on single frames, which show four times as many faces for the price, then on sequences. On a CPU, two processes of one
     thread are faster than one of two."""
-    processes = 2 if device == "cpu" and os.cpu_count() > 1 else 1
     start = {}
     for frames, steps, batch, lr in recipe.runs:
         out = recipe.folder / f"sdit-{frames}"
-        run("train.py", "--data", f"{recipe.folder / 'cache'}:0.9", f"{recipe.folder / 'painted-cache'}:0.1", processes=processes,
+        run("train.py", "--data", f"{recipe.folder / 'cache'}:0.9", f"{recipe.folder / 'painted-cache'}:0.1", processes=recipe.processes,
             size="demo", frames=frames, out=out, steps=steps, batch=batch, lr=lr, mapping_lr=lr, warmup=min(500, steps // 10),
             prediction="v", ema=0.9995, **start)
         start = dict(init=out / "model.safetensors")
@@ -397,7 +414,7 @@ def build_pictures(recipe):
     """What `python sample.py` makes: reenacted.webp, which moves, and strip.png, eight frames of it: source, driving, result."""
     out = DEMO if recipe.folder == DEMO / "build" else recipe.folder / "shipped"
     made = recipe.folder / "reenacted.mp4"
-    sample.reenact(out / "source.png", out / "driving.mp4", made, model_path=out / "sdit.safetensors", compare=True)
+    sample.reenact(out / "source.png", out / "driving.mp4", made, model=out / "sdit.safetensors", compare=True)
     frames = np.stack(list(data.Video(made.with_stem("reenacted-compare"))))    # (48, 256, 768, 3): source, driving, result
     pictures = [Image.fromarray(frame) for frame in frames]
     pictures[0].save(out / "reenacted.webp", save_all=True, append_images=pictures[1:], duration=1000 / 24, loop=0, quality=80)

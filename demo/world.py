@@ -25,7 +25,7 @@ import scipy.sparse
 import warp as wp
 
 DEMO = Path(__file__).resolve().parent
-wp.config.quiet = True
+wp.config.log_level = wp.LOG_ERROR
 wp.set_module_options({"fast_math": True, "enable_backward": False})
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,37 @@
+"""demo/build.py from nothing to a video, at the smallest size."""
+import pytest
+
+pytest.importorskip("warp", reason="the demo's world needs demo/requirements.txt")
+
+import build
+import data
+import sdit
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("build")
+    recipe = build.Recipe(folder=folder, clips=6, frames=5, paintings=2, render=72, size=64, autoencoder_clips=6, autoencoder_steps=4,
+                          clip_steps=2, unseen=4, processes=1, runs=((1, 3, 2, 1e-3), (2, 2, 2, 1e-3)))
+    for part, _ in build.PARTS.values():
+        part(recipe)
+    return recipe
+
+
+def test_the_chain_from_nothing_to_a_video(built):
+    model = sdit.load_model(built.folder / "shipped" / "sdit.safetensors")
+    assert model.config.prediction == "v" and model.config.frames == 2
+    assert len(data.Rows(built.folder / "cache", 2)) == 6
+    assert len(data.Video(built.folder / "reenacted.mp4")) == 48
+    assert {p.name for p in (built.folder / "shipped").iterdir()} >= {"source.png", "driving.mp4", "reenacted.webp", "strip.png"}
+
+
+def test_channels_of_latents_are_alike(built):
+    """Mean 0 and standard deviation 1 each, and the pictures decode as before."""
+    pixels, = build.load_clips(5, built.folder, "pixels")                       # the sixth is held out
+    pictures = data.to_tensor(pixels.reshape(-1, *pixels.shape[2:]))
+    before, after = (sdit.load_autoencoder(built.folder / f"autoencoder{name}.safetensors") for name in ("-unfinished", ""))
+    latents = after.encode(pictures)
+    assert latents.mean((0, 2, 3)).abs().max() < 0.05
+    assert (latents.std((0, 2, 3)) - 1).abs().max() < 0.05
+    assert (after.decode(latents) - before.decode(before.encode(pictures))).abs().max() < 0.02
