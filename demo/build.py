@@ -55,7 +55,7 @@ class Recipe:
     render: int = 144                              # pixels of the rendered frames, a little more than ...
     size: int = 128                                # ... those that the models see
     autoencoder_clips: int = 1600                  # the first ones are enough for it
-    autoencoder_steps: int = 6000
+    autoencoder_steps: int = 10_000
     clip_steps: int = 2500
     unseen: int = 400                              # faces that CLIP is judged by
     processes: int = 2 if device == "cpu" and os.cpu_count() > 1 else 1         # of the sDiT's training
@@ -66,7 +66,7 @@ QUICK = Recipe(folder=DEMO / "build" / "quick", clips=160, frames=8, paintings=1
                clip_steps=150, unseen=80, runs=((1, 800, 16, 2.4e-3), (4, 150, 8, 1e-3)))
 
 
-AUTOENCODER = sdit.AutoencoderConfig(widths=(16, 16, 48, 96), layers=1, latent_channels=8, groups=4, scale=1.0)
+AUTOENCODER = sdit.AutoencoderConfig(widths=(16, 16, 48, 96), layers=1, latent_channels=16, groups=4, scale=1.0)
 CLIP = dict(embed_dim=128,
             vision_cfg=dict(image_size=96, patch_size=12, width=160, layers=5, head_width=32, mlp_ratio=3.0),
             text_cfg=dict(context_length=48, vocab_size=49408, width=64, heads=2, layers=2))
@@ -118,6 +118,22 @@ def schedule(optimizer, lr, progress):
         group["lr"] = lr * min(1, progress * 50) * (1 + math.cos(math.pi * progress)) / 2
 
 
+def save_state(path, step, model, optimizer):
+    """So that a training that was stopped goes on."""
+    with sdit.atomic(path) as temporary:
+        torch.save(dict(step=step, model=model.state_dict(), optimizer=optimizer.state_dict()), temporary)
+
+
+def load_state(path, model, optimizer):
+    """The steps that are done; 0 without a state."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Autoencoder
 
@@ -153,7 +169,7 @@ class Perceptual(torch.nn.Module):
 def autoencoder_loss(model, perceptual, images, mask, cell, kl):
     """(loss, mean squared error) of images (B, 3, h, w) with their expressive mask (B, 1, h, w) in 0..1.
 
-    Absolute and perceptual error, lips and eyes three times as heavy, and a light KL term. With `cell`, latents averaged over
+    Absolute and perceptual error, lips and eyes five times as heavy, and a light KL term. With `cell`, latents averaged over
     cell x cell must besides decode to the picture averaged likewise (scale equivariance: Skorokhodov et al. 2025), which
     makes neighbouring latents alike, and so easier to denoise. The adversarial term of the published ones is left out."""
     with autocast:
@@ -164,7 +180,7 @@ def autoencoder_loss(model, perceptual, images, mask, cell, kl):
         unlike = perceptual(output, images)
     mean, logvar, output = mean.float(), logvar.float(), output.float()
     error = output - images
-    loss = ((1 + 2 * mask) * error.abs()).mean() + 0.25 * unlike
+    loss = ((1 + 4 * mask) * error.abs()).mean() + 0.4 * unlike
     if cell:
         loss = loss + F.l1_loss(coarse, F.avg_pool2d(images, cell))
     loss = loss + kl * (mean ** 2 + logvar.exp() - 1 - logvar).mean() / 2
@@ -174,7 +190,6 @@ def autoencoder_loss(model, perceptual, images, mask, cell, kl):
 def build_autoencoder(recipe, batch=8, lr=1.5e-3):
     """Stable Diffusion's network, small. One picture in eight is a painting."""
     torch.manual_seed(0)
-    rng = np.random.default_rng(0)
     pixels, landmarks = (x.reshape(-1, *x.shape[2:]) for x in load_clips(recipe.autoencoder_clips, recipe.folder, "pixels", "landmarks"))
     held_out = min(16, recipe.clips // 4) * recipe.frames
     test, pixels = data.to_tensor(pixels[-held_out:]), pixels[:-held_out]
@@ -185,8 +200,10 @@ def build_autoencoder(recipe, batch=8, lr=1.5e-3):
         model.encoder.compile(dynamic=False)
         model.decoder.compile(dynamic=False)
 
-    bar = tqdm(range(recipe.autoencoder_steps), "autoencoder", unit="step", mininterval=5)
+    start = load_state(recipe.folder / "autoencoder-state.pt", model, optimizer)
+    bar = tqdm(range(start, recipe.autoencoder_steps), "autoencoder", unit="step", mininterval=5)
     for step in bar:
+        rng = np.random.default_rng([0, step])
         progress = step / recipe.autoencoder_steps
         schedule(optimizer, lr, progress)
         chosen = rng.integers(len(pixels), size=batch)
@@ -202,8 +219,8 @@ def build_autoencoder(recipe, batch=8, lr=1.5e-3):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 1000 == 999:                                                  # of a long training: what there is so far
-            sdit.save_model(recipe.folder / "autoencoder-unfinished.safetensors", model)
+        if step % 250 == 249:
+            save_state(recipe.folder / "autoencoder-state.pt", step + 1, model, optimizer)
         if step % 100 == 0:
             bar.set_postfix_str(f"loss {loss.item():.3f}, PSNR {10 * math.log10(4 / error.item()):.1f} dB")
 
