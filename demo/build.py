@@ -54,7 +54,8 @@ class Recipe:
     paintings: int = 500
     render: int = 144                              # pixels of the rendered frames, a little more than ...
     size: int = 128                                # ... those that the models see
-    autoencoder_clips: int = 1600                  # the first ones are enough for it
+    autoencoder_clips: int = 1600                  # the first ones are enough for these two
+    clip_clips: int = 2800
     autoencoder_steps: int = 10_000
     clip_steps: int = 2500
     unseen: int = 400                              # faces that CLIP is judged by
@@ -62,7 +63,8 @@ class Recipe:
     runs: tuple = ((1, 100_000, 32, 2.4e-3), (4, 100_000, 16, 1.2e-3))          # of the sDiT: frames, steps, rows a step, learning rate
 
 
-QUICK = Recipe(folder=DEMO / "build" / "quick", clips=160, frames=8, paintings=16, render=72, size=64, autoencoder_clips=160, autoencoder_steps=500,
+QUICK = Recipe(folder=DEMO / "build" / "quick", clips=160, frames=8, paintings=16, render=72, size=64, autoencoder_clips=160, clip_clips=160,
+               autoencoder_steps=500,
                clip_steps=150, unseen=80, runs=((1, 800, 16, 2.4e-3), (4, 150, 8, 1e-3)))
 
 
@@ -191,7 +193,7 @@ def build_autoencoder(recipe, batch=8, lr=1.5e-3):
     """Stable Diffusion's network, small. One picture in eight is a painting."""
     torch.manual_seed(0)
     pixels, landmarks = (x.reshape(-1, *x.shape[2:]) for x in load_clips(recipe.autoencoder_clips, recipe.folder, "pixels", "landmarks"))
-    held_out = min(16, recipe.clips // 4) * recipe.frames
+    held_out = min(16, recipe.autoencoder_clips // 4) * recipe.frames
     test, pixels = data.to_tensor(pixels[-held_out:]), pixels[:-held_out]
     model = sdit.AutoencoderKL(AUTOENCODER).to(device, memory_format=torch.channels_last)
     perceptual = Perceptual().to(device, memory_format=torch.channels_last)
@@ -294,39 +296,79 @@ def contrast(a, b, scale):
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
+ATTRIBUTES = ("sex", "age", "skin", "style", "hair", "eyes", "beard", "glasses", "shirt", "back")
+NUMBERS = ("years", "tone", "fat", "eye_size", "blush", "freckles", "exposure", "contrast")
+
+
+def classes(people):
+    """(people, attributes) numbers of the values that the ATTRIBUTES of faces have, and how many values each can have."""
+    tables = dict(sex=("woman", "man"), age=world.AGES, skin=world.SKIN, style=world.STYLES, hair=world.HAIR, eyes=world.EYES,
+                  beard=("none", "moustache", "beard"), glasses=("none", "round", "square"), shirt=world.CLOTH, back=world.CLOTH)
+    labels = [[list(tables[name]).index(face[name]) for name in ATTRIBUTES] for face in people]
+    return torch.tensor(labels), [len(tables[name]) for name in ATTRIBUTES]
+
+
+class Heads(torch.nn.Module):
+    """Linear layers that tell all attributes and some numbers of a person from a scene vector. Contrast alone stops at the colours:
+    they tell the people of a batch apart. Of the training only: the heads are thrown away."""
+
+    def __init__(self, people):
+        super().__init__()
+        labels, sizes = classes(people)
+        numbers = torch.tensor([[face[name] for name in NUMBERS] for face in people])
+        self.register_buffer("labels", labels)
+        self.register_buffer("numbers", (numbers - numbers.mean(0)) / numbers.std(0).clamp_min(1e-3))
+        width = CLIP["embed_dim"]
+        self.classes = torch.nn.ModuleList([torch.nn.Linear(width, size) for size in sizes])
+        self.regression = torch.nn.Linear(width, len(NUMBERS))
+
+    def forward(self, vectors, chosen):
+        """Mean loss of unit vectors (B, S) of the people `chosen` (B,)."""
+        vectors = vectors * vectors.shape[1] ** 0.5                             # entries of about 1
+        told = [F.cross_entropy(head(vectors), self.labels[chosen, i]) for i, head in enumerate(self.classes)]
+        return torch.stack(told).mean() + 0.5 * F.mse_loss(self.regression(vectors), self.numbers[chosen])
+
+
 def build_clip(recipe, batch=80, lr=1e-3):
     """An open_clip model on pictures and captions of the world; its text table keeps CLIP's own tokens, 64 wide.
 
-    Two pictures of each clip must also know each other among all, whatever the camera: so the vector holds more of a person
-    than the caption says. A third of the pictures is left as rendered."""
+    Three losses: pictures and captions, which leave out half of the attributes each time, know each other; so do two pictures of
+    a clip, whatever the camera; and linear `Heads` tell who is there. A third of the pictures is left as rendered."""
     torch.manual_seed(0)
-    rng = np.random.default_rng(0)
-    pixels, captions = load_clips(recipe.clips, recipe.folder, "pixels", "caption")
-    model = open_clip.CLIP(**CLIP).to(device).train()
-    tokenizer = open_clip.SimpleTokenizer(context_length=CLIP["text_cfg"]["context_length"])
-    tokens, size = tokenizer([str(c) for c in captions]), CLIP["vision_cfg"]["image_size"]
-    scale = torch.nn.Parameter(torch.tensor(math.log(10.0), device=device))    # of the second term
-    optimizer = torch.optim.AdamW([*model.parameters(), scale], lr, weight_decay=0.1, betas=(0.9, 0.98), fused=True)
+    pixels, = load_clips(recipe.clip_clips, recipe.folder, "pixels")
+    people = [world.sample_face(np.random.default_rng(seed)) for seed in range(recipe.clip_clips)]
+    model, heads = open_clip.CLIP(**CLIP).to(device).train(), Heads(people).to(device)
+    tokenizer, size = open_clip.SimpleTokenizer(context_length=CLIP["text_cfg"]["context_length"]), CLIP["vision_cfg"]["image_size"]
+    heads.scale = torch.nn.Parameter(torch.tensor(math.log(10.0), device=device))           # of pictures against pictures
+    both = torch.nn.ModuleList([model, heads])
+    optimizer = torch.optim.AdamW(both.parameters(), lr, weight_decay=0.1, betas=(0.9, 0.98), fused=True)
 
-    bar = tqdm(range(recipe.clip_steps), "CLIP", unit="step", mininterval=5)
+    start = load_state(recipe.folder / "clip-state.pt", both, optimizer)
+    bar = tqdm(range(start, recipe.clip_steps), "CLIP", unit="step", mininterval=5)
     for step in bar:
         schedule(optimizer, lr, step / recipe.clip_steps)
+        rng = np.random.default_rng([1, step])
         chosen = rng.permutation(len(pixels))[:batch]
         pair = [rng.permutation(recipe.frames)[:2] for _ in chosen]
         views = [pixels[chosen, [p[k] for p in pair]] for k in range(2)]
         plain = F.interpolate(data.to_tensor(views[1]), (size, size), mode="bicubic", antialias=True)
         views = [photographed(views[0], size, rng), photographed(views[1], size, rng) if step % 3 else plain]
+        sentences = [world.caption(people[i], rng if step % 2 else None) for i in chosen]
+
         with autocast:
             seen = model.encode_image(data.clip_pixels(torch.cat(views).to(device), size), normalize=True)
-            read = model.encode_text(tokens[chosen].to(device), normalize=True)
+            read = model.encode_text(tokenizer(sentences).to(device), normalize=True)
         first, second = seen.float().chunk(2)
         worded = (contrast(first, read.float(), model.logit_scale) + contrast(second, read.float(), model.logit_scale)) / 2
-        loss = worded + 0.5 * contrast(first, second, scale)
+        told = heads(seen.float(), np.tile(chosen, 2))
+        loss = worded + 0.5 * contrast(first, second, heads.scale) + told
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        if step % 250 == 249:
+            save_state(recipe.folder / "clip-state.pt", step + 1, both, optimizer)
         if step % 20 == 0:
-            bar.set_postfix_str(f"loss {loss.item():.3f}, of it words {worded.item():.3f}")
+            bar.set_postfix_str(f"loss {loss.item():.3f}, of words {worded.item():.3f}, of attributes {told.item():.3f}")
     sdit.write_tensors(recipe.folder / "clip.safetensors", {k: v.half() for k, v in model.state_dict().items()}, CLIP)
     report_clip(recipe)
 
@@ -351,10 +393,8 @@ def report_clip(recipe):
 
     centred = torch.cat([vectors - vectors.mean(0), torch.ones(len(vectors), 1)], 1).double()
     train, test = centred[:len(centred) * 3 // 4], centred[len(centred) * 3 // 4:]
-    for name in ("sex", "age", "skin", "style", "hair", "eyes", "beard", "glasses", "shirt", "back"):
-        values = sorted({p[name] for p in people})
-        labels = torch.tensor([values.index(p[name]) for p in people])
-        target = F.one_hot(labels[:len(train)], len(values)).double()
+    for name, labels, size in zip(ATTRIBUTES, *(lambda found, sizes: (found.T, sizes))(*classes(people))):
+        target = F.one_hot(labels[:len(train)], size).double()
         weights = torch.linalg.solve(train.T @ train + 0.1 * torch.eye(train.shape[1]), train.T @ target)
         told = ((test @ weights).argmax(1) == labels[len(train):]).double().mean()
         often = labels.bincount().max() / len(labels)

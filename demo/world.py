@@ -103,16 +103,21 @@ def sample_face(rng, held_out=False):
     return face | {k: float(v) if np.isscalar(v) and k != "noise" else v for k, v in number.items()}
 
 
-def caption(f):
-    """English description of a face from `sample_face`."""
+def caption(f, rng=None):
+    """English description of a face from `sample_face`; with `rng`, one that leaves out about half of what there is to say."""
     def a(noun):
         return f"a{'n' * (noun[0] in 'aeiou')} {noun}"
 
-    has = ["no hair" if f["style"] == "no" else f"{f['style']} {f['hair']} hair", f"{f['eyes']} eyes"]
+    def say(word):
+        return word + " " if word and (rng is None or rng.random() < .5) else ""
+
+    has = [f"{f['skin']} skin", "no hair" if f["style"] == "no" else f"{say(f['style'])}{say(f['hair'])}hair", f"{f['eyes']} eyes"]
     has += [a(f["beard"])] if f["beard"] != "none" else []
-    has += [f"{f['glasses']} glasses"] if f["glasses"] != "none" else []
-    has = f"{', '.join(has[:-1])} and {has[-1]}"
-    return f"{a(f['age'])} {f['sex']} with {f['skin']} skin, {has}, wearing {a(f['shirt'])} shirt, {f['back']} background"
+    has += [f"{say(f['glasses'])}glasses"] if f["glasses"] != "none" else []
+    has = [part for part in has if say(part)] or has[:1]
+    has = f"{', '.join(has[:-1])} and {has[-1]}" if len(has) > 1 else has[0]
+    wears = f", wearing {a(f['shirt'])} shirt" if say("shirt") else ""
+    return f"{a(say(f['age']) + f['sex'])} with {has}{wears}" + (f", {f['back']} background" if say("background") else "")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

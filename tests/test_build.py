@@ -11,7 +11,7 @@ import sdit
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("build")
-    recipe = build.Recipe(folder=folder, clips=6, frames=5, paintings=2, render=72, size=64, autoencoder_clips=6, autoencoder_steps=4,
+    recipe = build.Recipe(folder=folder, clips=6, frames=5, paintings=2, render=72, size=64, autoencoder_clips=6, clip_clips=6, autoencoder_steps=4,
                           clip_steps=2, unseen=4, processes=1, runs=((1, 3, 2, 1e-3), (2, 2, 2, 1e-3)))
     for part, _ in build.PARTS.values():
         part(recipe)
