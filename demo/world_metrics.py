@@ -534,7 +534,7 @@ def measure_controls(a, size=128):
     aligned = laid_onto(landmarks, reference).reshape(len(landmarks), -1)
     fitted = people < 0.6 * a.n
     targets = np.stack([*controls.values()], 1)
-    read = Ridge(aligned[fitted], targets[fitted], strength=1e-4)(aligned[~fitted])
+    read = Ridge(aligned[fitted], targets[fitted], strength=0.03)(aligned[~fitted])
     held_out = {
         name: correlation(read[:, k], targets[~fitted, k]) for k, name in enumerate(controls)
     }

