@@ -176,11 +176,11 @@ class Probes:
     They are fitted on renderings of people of the training seeds. MediaPipe needs sharp pictures;
     these need none, so they tell what a model knows that its decoded pictures do not show."""
 
-    people, frames = 400, 2
+    frames = 2  # of each person
 
-    def __init__(self, models):
+    def __init__(self, models, people):
         latents, landmarks, controls, faces = [], [], [], []
-        for seed in tqdm(range(self.people), "fitting the probes", leave=False, disable=None):
+        for seed in tqdm(range(people), "fitting the probes", leave=False, disable=None):
             images, _, face, motion = world.sample_clip(seed, self.frames, RENDER, fps=1)
             tracked = data.track(images, models.landmarker, f"person {seed}")
             crops = np.stack([data.crop(image, tracked.square, models.size) for image in images])
@@ -342,7 +342,7 @@ def reenact_case(seed, a, models):
     latents["autoencoder"] = encode(models, true)
     videos = {name: decode(models, z) for name, z in latents.items()} | {"true": true}
     scores = {name: score(images, true, masks, case, models) for name, images in videos.items()}
-    if a.probes and not a.painted:
+    if a.probes:
         for name, z in latents.items():
             scores[name] |= a.probes.scores(z, case.tracked.landmarks, case.motion, case.face)
     return scores, sheet_row(case.source, case.driving, true, videos[f"{a.steps[-1]} steps"])
@@ -466,7 +466,8 @@ CASES = dict(reenact=reenact_case, text=text_case, edit=edit_case, retarget=reta
 def run_cases(a):
     """Any of CASES over `--n` seeds: a table of means. Returns them for the line of JSON."""
     models, scores, rows = sample.load_models(a.model), [], []
-    a.probes = Probes(models) if a.task == "reenact" and not a.painted else None
+    probed = a.task == "reenact" and a.probes and not a.painted
+    a.probes = Probes(models, a.probes) if probed else None
     for seed in tqdm(range(a.n), "cases", disable=None):
         one, row = CASES[a.task](seed, a, models)
         scores.append(one)
@@ -695,6 +696,12 @@ def arguments():
     )
     ap.add_argument(
         "--painted", action="store_true", help="sources, and so the truth, redrawn as paintings"
+    )
+    ap.add_argument(
+        "--probes",
+        type=int,
+        default=400,
+        help="people to fit the probes on (default: 400; 0: none)",
     )
     ap.add_argument("--weight", type=float, default=1.0, help="of --task edit")
     ap.add_argument("--clips", type=Path, help="folder of pictures and videos for --task real")

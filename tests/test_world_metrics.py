@@ -107,8 +107,7 @@ def test_probes_read_what_latents_hold(metrics, landmarker, monkeypatch):
 
     models = sample.Models(None, Pixels(), None, landmarker, "", torch.device("cpu"))
     monkeypatch.setattr(sample.Models, "size", 64)
-    monkeypatch.setattr(metrics.Probes, "people", 16)
-    probes, world = metrics.Probes(models), rendered_world()
+    probes, world = metrics.Probes(models, people=16), rendered_world()
     images, _, face, motion = world.sample_clip(7, 2, metrics.RENDER, fps=1)  # one of the 16
     tracked = data.track(images, landmarker, "a person")
     crops = np.stack([data.crop(image, tracked.square, 64) for image in images])
@@ -131,14 +130,13 @@ def test_within_leaves_out_who_it_is(metrics):
     assert metrics.within(moves + 10 * people, moves - 20 * people, people) == pytest.approx(1)
 
 
-def test_reenact_stands_beside_its_ceilings(metrics, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics.Probes, "people", 6)
+def test_reenact_stands_beside_its_ceilings(metrics, capsys, tmp_path):
     sheet = tmp_path / "sheet.png"
-    run(metrics, "--n", 1, "--frames", 4, "--steps", 1, "--sheet", sheet)
+    run(metrics, "--n", 1, "--frames", 4, "--steps", 1, "--probes", 6, "--sheet", sheet)
     found = result(capsys)
     made, through, true = found["1 steps"], found["autoencoder"], found["true"]
     assert true["psnr"] > 90 and true["skin_error"] == 0 and true["found"] == 1
-    assert made["psnr"] < through["psnr"] < 60
+    assert made["psnr"] + 4 < through["psnr"] < 60  # it shows the truth
     assert made["skin_error"] > 0 and made["hair_error"] > 0
     assert "probe_hair" in made and "probe_hair" in through and np.isnan(true["probe_hair"])
     assert Image.open(sheet).size[0] > 9 * 64
