@@ -347,13 +347,20 @@ def read_pairs(path):
 
 
 @torch.no_grad()
-def reenact(models, source, landmarks, settings, plan=None, scene=None):
-    """source (h, w, 3) uint8 face crop, landmarks (M, 478, 3) -> (M, size, size, 3) uint8, by sample.py's own functions; `plan`: (rows, keep)
-    that deals the frames another way; `scene`: in place of the source's."""
+def sample_latents(models, source, landmarks, settings, plan=None, scene=None):
+    """source (h, w, 3) uint8 face crop, landmarks (M, 478, 3) -> latents (M, C, H, W) on the CPU, by sample.py's own functions; `plan`: (rows,
+    keep) that deals the frames another way; `scene`: in place of the source's."""
     scene = sample.make_scene(models, source, None, None) if scene is None else scene
     conditions = sample.make_conditions(models, scene, landmarks, settings.guidance)
     latent = sample.sample_video(models.sdit, conditions, settings, plan=plan)
-    return data.to_images(models.autoencoder.decode(torch.stack([latent(f) for f in range(len(landmarks))]).to(models.device, torch.float32)))
+    return torch.stack([latent(f) for f in range(len(landmarks))]).float()
+
+
+@torch.no_grad()
+def reenact(models, source, landmarks, settings, plan=None, scene=None):
+    """The same decoded: (M, size, size, 3) uint8."""
+    latents = sample_latents(models, source, landmarks, settings, plan, scene)
+    return data.to_images(models.autoencoder.decode(latents.to(models.device)))
 
 
 def find_landmarks(landmarker, images):
@@ -845,7 +852,10 @@ def figures(a, models):
 def world_set(a):
     """OUT/world: clips of rendered people, sources, and the true reenactments, with pairs.csv; unseen in training."""
     sys.path.insert(0, str(DEMO))
-    import world
+    try:
+        import world
+    except ModuleNotFoundError as e:
+        raise UserError(f"rendering people needs {e.name}: pip install -r demo/requirements.txt") from None
     root, lines = a.out / "world", []
     for folder in ("clips", "pictures", "truth", "many"):
         (root / folder).mkdir(parents=True, exist_ok=True)
@@ -857,7 +867,7 @@ def world_set(a):
         if not (root / "truth" / f"{name}.mp4").exists():                       # the last of the three
             Image.fromarray(world.render(person, still, PIXELS)).save(root / "pictures" / f"{name}.png")
             for folder, face in (("clips", driver), ("truth", person)):
-                save_video(root / folder / f"{name}.mp4", (world.render(face, {k: v[f] for k, v in motion.items()}, PIXELS) for f in range(48)))
+                save_video(root / folder / f"{name}.mp4", world.render_clip(face, motion, PIXELS))
     for i in tqdm(range(a.many), "rendering", unit="clip", disable=None):
         if not (path := root / "many" / f"{i:04d}.mp4").exists():
             save_video(path, world.sample_clip([2_500_000, i], 64)[0])

@@ -1,15 +1,20 @@
-"""How good a model of the demo world is, against the truth: a face's true reenactment is `render(face_a, motion_b)`.
+"""How good a model of the demo world is, beside the truth: any face can be rendered with any motion.
 
     python demo/world_metrics.py                       # the bundled model, 50 clips of 24 frames
     python demo/world_metrics.py --n 8 --sheet sheet.png --held-out
-    python demo/world_metrics.py --task text --n 100   # sentences in place of pictures; also edit, retarget
+    python demo/world_metrics.py --task text --n 100   # sentences as sources; also edit, retarget
+    python demo/world_metrics.py --task controls       # the world itself: do landmarks follow it?
+    python demo/world_metrics.py --task real --clips FOLDER       # photographs and videos of people
 
-Cross-identity: source picture of one unseen face, driving video of another (seeds from 1,000,000 up, never trained on). Every
-figure stands beside two ceilings measured the same way: the true rendering itself, and the true rendering through the
-autoencoder. The last line is JSON.
+Cross-identity: a picture of one unseen face, a driving video of another, from seeds that nothing is
+trained on. Every figure stands beside two ceilings measured the same way: the true rendering, and the
+true rendering through the autoencoder. Errors of colours are distances in CIELAB. The last line is
+JSON.
 """
+
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -18,241 +23,710 @@ from pathlib import Path
 DEMO = Path(__file__).resolve().parent
 sys.path[:0] = [str(DEMO.parent), str(DEMO)]
 
+import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
+import world
 from PIL import Image
 from tqdm import tqdm
 
 import data
 import sample
 import sdit
-import world
-from evaluate import correlation, find_landmarks, laid_onto, lmse, motions, psnr, reenact, ssim
+from evaluate import (
+    correlation,
+    find_landmarks,
+    laid_onto,
+    lmse,
+    motions,
+    psnr,
+    reenact,
+    sample_latents,
+    similarity,
+    ssim,
+)
 
+UNSEEN = 1_000_000  # seeds from here on are never trained on
+RENDER = 144  # pixels of rendered frames, as in demo/build.py
 COLOURS = {"hair": world.HAIR, "shirt": world.CLOTH, "back": world.CLOTH}
-UNSEEN = 1_000_000
 
 
-def make_case(seed, frames, held_out):
-    """Source face (a), driving face (b) and motion: (face_a, face_b, motion), from seeds that were never trained on."""
-    rng = np.random.default_rng(UNSEEN + seed)
-    face_a, face_b = world.sample_face(rng, held_out), world.sample_face(rng)
-    while face_a["style"] == "no" or face_a["hat"] != "none":                   # the colour of the hair must be there to be seen
-        face_a = world.sample_face(rng, held_out)
-    return face_a, face_b, world.sample_motion(rng, frames)
+# --------------------------------------------------------------------------------------------------
+# Colours
+
+# Cheeks in MediaPipe's mesh, below the eyes and beside the nose.
+CHEEKS = [[117, 118, 101, 36, 205, 187, 123], [346, 347, 330, 266, 425, 411, 352]]
 
 
-def render_clip(face, motion, size):
-    """(M, size, size, 3) uint8."""
-    M = len(motion["yaw"])
-    return np.stack([world.render(face, {k: v[i] for k, v in motion.items()}, size) for i in range(M)])
+def lab(rgb):
+    """CIELAB under D65 of an sRGB colour (3,) in 0..255."""
+    return cv2.cvtColor(np.float32(rgb)[None, None] / 255, cv2.COLOR_RGB2LAB)[0, 0]
 
 
-def regions(face, controls, square, size):
-    """For hair, shirt and background the pixels (size, size) bool that show it: those that change fully with its colour. `square`
-    is that of the crop in pictures of 256 pixels."""
-    def cut(f):
-        return data.crop(world.render(f, controls, 128), tuple(round(x / 2) for x in square), size).astype(float)
-    base = cut(face)
-    found = {}
-    for name, table in COLOURS.items():
-        other = next(c for c in table if c != face[name])
-        change = np.abs(cut(face | {name: other}) - base).sum(-1)
-        found[name] = change > 0.5 * np.quantile(change[change > 8], 0.8) if (change > 8).any() else np.zeros_like(change, bool)
-    return found
+def colour_distance(a, b):
+    """Distance of two colours (3,) in 0..255 in CIELAB (CIE76); about 2 can just be seen."""
+    return float(np.linalg.norm(lab(a) - lab(b)))
+
+
+def cheek_mask(points, size):
+    """Pixels (size, size) bool of both cheeks of landmarks (478, 3) in 0..1."""
+    canvas = np.zeros((size, size), np.uint8)
+    for side in CHEEKS:
+        outline = np.int32(np.round(points[side, :2] * size - 0.5))
+        cv2.fillConvexPoly(canvas, cv2.convexHull(outline), 1)
+    return canvas > 0
+
+
+def regions(face, motion, square, true):
+    """The pixels that show hair, shirt and background: a dict of masks (h, h) bool for each frame.
+
+    They are found by rendering the face once more with another colour: what changes with it fully is
+    the region. `true` (M, h, h, 3) is the rendering, cut out by `square`."""
+    masks = [{} for _ in true]
+    for part, table in COLOURS.items():
+        other = max(
+            table, key=lambda name: np.abs(np.subtract(table[name], table[face[part]])).sum()
+        )
+        repainted = render_crops(face | {part: other}, motion, square, len(true[0]))
+        for mask, before, after in zip(masks, true, repainted):
+            change = np.abs(before.astype(float) - after).sum(-1)
+            visible = change > 8
+            full = 0.5 * np.quantile(change[visible], 0.8) if visible.any() else 0
+            mask[part] = visible & (change > full)
+    return masks
 
 
 def nearest_colour(rgb, table):
-    """Name of the colour of `table` nearest to rgb (3,), whatever the light: each may be shaded down to 0.5 or lit up to 1.15."""
+    """The name of the colour of `table` that is nearest to rgb (3,) in 0..1, whatever the light.
+
+    Light shades a colour; white, grey and black differ in nothing else, so they may be shaded less."""
+
     def distance(name):
         colour = np.array(table[name])
-        return np.abs(rgb - colour * np.clip(rgb @ colour / (colour @ colour), 0.5, 1.15)).sum()
+        achromatic = np.ptp(colour) < 0.08
+        low, high = (0.68, 1.15) if achromatic else (0.5, 1.15)
+        light = np.clip(rgb @ colour / (colour @ colour), low, high)
+        return np.abs(rgb - light * colour).sum()
+
     return min(table, key=distance)
 
 
-def colours(images, masks, name):
-    """Median colour (frames, 3), 0..1, inside the true region, of the frames where that is large enough."""
-    return np.array([np.median(im[m[name]], 0) for im, m in zip(images, masks) if m[name].sum() > 8]) / 255
+def medians(images, masks, part):
+    """Median colour (frames, 3) of one part, of the frames in which enough of it is seen."""
+    return np.array(
+        [
+            np.median(image[mask[part]], 0)
+            for image, mask in zip(images, masks)
+            if part in mask and mask[part].sum() > 8
+        ]
+    )
 
 
-def shown_colour(images, masks, name):
-    """Name of the colour that hair, shirt or background of a clip shows; None where too little of it is in the picture."""
-    medians = colours(images, masks, name)
-    return nearest_colour(np.median(medians, 0), COLOURS[name]) if len(medians) else None
+def shown_colour(images, masks, part):
+    """The name of the colour that a part shows over a clip, or None where too little is seen."""
+    found = medians(images, masks, part)
+    return nearest_colour(np.median(found, 0) / 255, COLOURS[part]) if len(found) else None
 
 
-def score(images, true, driving, masks, face, landmarker):
-    """All figures of one clip: images and true (M, h, w, 3) uint8, driving landmarks (M, 478, 3) in the crop, masks by frame."""
-    found = [landmarker.landmarks(data.resize(im, 256)) for im in images]   # enlarged: MediaPipe wants 96 pixels and more
-    seen = np.array([p is not None for p in found])
-    result = dict(found=float(seen.mean()))
-    if seen.sum() > 2:
-        points = np.stack([p for p in found if p is not None]) / 256
-        here, there = motions(points), motions(driving[seen])
-        result |= {k: correlation(here[k], there[k]) for k in here}
-        result["expressive_lmse"] = lmse(points, driving[seen], data.EXPRESSIVE)
-    for name in COLOURS:
-        medians = colours(images, masks, name)
-        if len(medians):
-            result |= {f"{name}_right": float(shown_colour(images, masks, name) == face[name]), f"{name}_drift": float(medians.std(0).mean() * 255)}
-    a, b = data.to_tensor(images), data.to_tensor(true)
-    return result | dict(psnr=psnr(a, b), ssim=ssim(a, b))
+def colour_scores(images, true, masks, face):
+    """For each part of a clip: is the colour the named one, how far from the truth's, how steady."""
+    scores = {}
+    for part in (*COLOURS, "skin"):
+        found, expected = medians(images, masks, part), medians(true, masks, part)
+        if not len(found):
+            continue
+        if part in COLOURS:
+            scores[f"{part}_right"] = float(shown_colour(images, masks, part) == face[part])
+        if part != "shirt":
+            scores[f"{part}_error"] = colour_distance(np.median(found, 0), np.median(expected, 0))
+        scores[f"{part}_drift"] = float(found.std(0).mean())
+    return scores
 
 
-@torch.no_grad()
-def through_autoencoder(models, images):
-    return data.to_images(models.autoencoder.decode(models.autoencoder.encode(data.to_tensor(images))))
+# --------------------------------------------------------------------------------------------------
+# Probes: what a linear map can read out of latents
+
+
+class Ridge:
+    """Linear regression from features (n, d) to targets (n, k), with standardised features and a
+    penalty that is `strength` of their mean energy."""
+
+    def __init__(self, x, y, strength):
+        self.mean, self.deviation, self.offset = x.mean(0), x.std(0) + 1e-3, y.mean(0)
+        x = (x - self.mean) / self.deviation
+        kernel = x @ x.T  # (n, n)
+        penalty = strength * np.trace(kernel) / len(x) * np.eye(len(x))
+        self.weight = x.T @ np.linalg.solve(kernel + penalty, y - self.offset)  # (d, k)
+
+    def __call__(self, x):
+        return (x - self.mean) / self.deviation @ self.weight + self.offset
+
+
+# Each control is read around the part of the face where it shows: points, and columns and rows of a
+# grid over them.
+AROUND_EYES = data.RIGHT_EYE + data.LEFT_EYE, (16, 6)
+AROUND_LIPS = data.LIPS, (12, 8)
+PROBED = dict(blink=AROUND_EYES, gaze_x=AROUND_EYES, jaw=AROUND_LIPS, smile=AROUND_LIPS)
+
+
+class Probes:
+    """Ridge regressions from the autoencoder's latents to controls and to the names of colours.
+
+    They are fitted on renderings of people of the training seeds. MediaPipe needs sharp pictures;
+    these need none, so they tell what a model knows that its decoded pictures do not show."""
+
+    frames = 2  # of each person
+
+    def __init__(self, models, people):
+        latents, landmarks, controls, faces = [], [], [], []
+        for seed in tqdm(range(people), "fitting the probes", leave=False, disable=None):
+            images, _, face, motion = world.sample_clip(seed, self.frames, RENDER, fps=1)
+            tracked = data.track(images, models.landmarker, f"person {seed}")
+            crops = np.stack([data.crop(image, tracked.square, models.size) for image in images])
+            latents.append(encode(models, crops))
+            landmarks.append(tracked.landmarks)
+            controls += [[motion[name][i] for name in PROBED] for i in range(self.frames)]
+            faces += [face] * self.frames
+
+        latents, landmarks = torch.cat(latents), np.concatenate(landmarks)
+        self.mean_face = landmarks.mean(0)
+        self.of_control = {}
+        for target, name in zip(np.array(controls).T, PROBED):
+            features = self.around(latents, landmarks, name)
+            self.of_control[name] = Ridge(features, target[:, None], strength=0.05)
+        self.of_colour = {}
+        for part, table in COLOURS.items():
+            one_hot = np.array([[face[part] == name for name in table] for face in faces], float)
+            self.of_colour[part] = Ridge(latents.flatten(1).numpy(), one_hot, strength=0.05)
+
+    def around(self, latents, landmarks, name):
+        """Latents (M, C, H, W) resampled on a grid that moves with the head -> (M, features)."""
+        points, (columns, rows) = PROBED[name]
+        box = self.mean_face[points, :2]
+        middle, reach = (box.min(0) + box.max(0)) / 2, 0.625 * np.ptp(box, 0)
+        x, y = np.meshgrid(np.linspace(-1, 1, columns), np.linspace(-1, 1, rows))
+        grid = np.stack([x.ravel(), y.ravel()], 1) * reach + middle  # on the mean face
+
+        # Only points that expressions hardly move say where the head is: they tell no control.
+        rigid, places = self.mean_face[sample.RIGID, :2], []
+        for face in landmarks:
+            onto = similarity(rigid, face[sample.RIGID, :2])
+            places.append(grid @ onto[:, :2].T + onto[:, 2])
+        places = torch.from_numpy(np.stack(places)).to(latents)[:, None] * 2 - 1
+        found = F.grid_sample(latents, places, padding_mode="border", align_corners=False)
+        return found.flatten(1).numpy()
+
+    def scores(self, latents, landmarks, motion, face):
+        """Correlation over a clip with the true controls; whether its colours are read right."""
+        scores = {}
+        for name, probe in self.of_control.items():
+            read = probe(self.around(latents, landmarks, name))[:, 0]
+            if np.ptp(motion[name]) > 0.1:
+                scores[f"probe_{name}"] = correlation(read, motion[name])
+        for part, probe in self.of_colour.items():
+            read = probe(latents.flatten(1).numpy()).mean(0)
+            scores[f"probe_{part}"] = float(list(COLOURS[part])[read.argmax()] == face[part])
+        return scores
+
+
+# --------------------------------------------------------------------------------------------------
+# What a result should be
 
 
 @dataclasses.dataclass
 class Case:
-    """A person, somebody else's movements, and what the result should be; pictures are crops at the model's size."""
+    """A person, somebody else's movements, and what the result should be. Crops are uint8."""
+
     face: dict
     motion: dict
-    tracked: data.Track                            # of the driving video
-    driving: np.ndarray
-    source: np.ndarray
-    shape: np.ndarray                              # (478, 3) landmarks of the source
-    redraw: callable
+    tracked: data.Track  # of the driving video
+    driving: np.ndarray  # (M, size, size, 3)
+    source: np.ndarray  # (size, size, 3)
+    shape: np.ndarray  # (478, 3) landmarks of the source
+    painter: int = None  # the seed of a painter who redraws source and truth
 
     def truth(self, size, face=None):
-        """(M, size, size, 3): the person, or one changed, with the driving movements."""
-        return np.stack([data.crop(im, self.tracked.square, size) for im in self.redraw(render_clip(face or self.face, self.motion, 256))])
+        """(M, size, size, 3): the person, or another `face`, with the driving movements."""
+        return render_crops(face or self.face, self.motion, self.tracked.square, size, self.painter)
 
-    def masks(self, size, face=None):
-        M = len(self.tracked.landmarks)
-        return [regions(face or self.face, {k: v[i] for k, v in self.motion.items()}, self.tracked.square, size) for i in range(M)]
+    def masks(self, true, landmarker, face=None):
+        """Masks of hair, shirt, background and cheeks, a dict for each frame of the truth. A
+        painting has none: its colours have no names."""
+        if self.painter is not None:
+            return [{} for _ in true]
+        masks = regions(face or self.face, self.motion, self.tracked.square, true)
+        for mask, points in zip(masks, find_landmarks(landmarker, true)):
+            if not np.isnan(points).any():
+                mask["skin"] = cheek_mask(points, len(true[0]))
+        return masks
 
 
-def read_case(seed, a, models):
-    face_a, face_b, motion = make_case(seed, a.frames, a.held_out or a.task == "text")
-    size, still = models.size, world.sample_motion(np.random.default_rng(UNSEEN + seed), 1)
-    driving = render_clip(face_b, motion, 256)
+def redrawn(frames, painter):
+    return frames if painter is None else world.painted(frames, painter)
+
+
+def render_crops(face, motion, square, size, painter=None):
+    """(M, size, size, 3): a face with every moment of a motion, cut out by `square`."""
+    frames = redrawn(world.render_clip(face, motion, RENDER), painter)
+    return np.stack([data.crop(frame, square, size) for frame in frames])
+
+
+def sample_faces(seed, held_out):
+    """(source, driver, motion, moment of the source) of an unseen seed. The source has hair: its
+    colour must be there to be seen."""
+    rng = np.random.default_rng(UNSEEN + seed)
+    person, driver = world.sample_face(rng, held_out), world.sample_face(rng)
+    while person["style"] == "no":
+        person = world.sample_face(rng, held_out)
+    return person, driver, rng
+
+
+def make_case(seed, a, models):
+    person, driver, rng = sample_faces(seed, a.held_out or a.task == "text")
+    motion, still = world.sample_motion(rng, a.frames), world.sample_motion(rng, 1)
+    painter = UNSEEN + seed if a.painted else None
+
+    driving = world.render_clip(driver, motion, RENDER)
     tracked = data.track(driving, models.landmarker, f"driving case {seed}")
-    redraw = (lambda pictures: world.painted(pictures, UNSEEN + seed)) if a.painted else np.asarray
-    source = render_clip(face_a, still, 256)
-    of_source = data.track(source, models.landmarker, f"source case {seed}")
-    crop = data.crop(redraw(source)[0], of_source.square, size)
-    driving = np.stack([data.crop(im, tracked.square, size) for im in driving])
-    return Case(face_a, motion, tracked, driving, crop, of_source.landmarks[0], redraw)
+    driving = np.stack([data.crop(frame, tracked.square, models.size) for frame in driving])
+
+    picture = world.render_clip(person, still, RENDER)
+    of_source = data.track(picture, models.landmarker, f"source case {seed}")
+    source = data.crop(redrawn(picture, painter)[0], of_source.square, models.size)
+    return Case(person, motion, tracked, driving, source, of_source.landmarks[0], painter)
+
+
+@torch.no_grad()
+def encode(models, images):
+    """Latents (M, C, H, W), on the CPU, of images (M, h, h, 3) uint8."""
+    return models.autoencoder.encode(data.to_tensor(images).to(models.device)).float().cpu()
+
+
+@torch.no_grad()
+def decode(models, latents):
+    return data.to_images(models.autoencoder.decode(latents.to(models.device)))
+
+
+# --------------------------------------------------------------------------------------------------
+# The tasks on rendered people. Each returns {column: {figure: value}} of a case, and its pictures
+
+
+def score(images, true, masks, case, models):
+    """All figures of one clip of images (M, h, h, 3) beside the true one."""
+    landmarks, driving = find_landmarks(models.landmarker, images), case.tracked.landmarks
+    seen = ~np.isnan(landmarks[:, 0, 0])
+    scores = dict(found=float(seen.mean()))
+    if seen.sum() > 2:
+        here, there = motions(landmarks[seen]), motions(driving[seen])
+        scores |= {name: correlation(here[name], there[name]) for name in here}
+        scores["expressive_lmse"] = lmse(landmarks, driving, data.EXPRESSIVE)
+
+    scores |= colour_scores(images, true, masks, case.face)
+    a, b = data.to_tensor(images), data.to_tensor(true)
+    return scores | dict(psnr=psnr(a, b), ssim=ssim(a, b))
 
 
 def reenact_case(seed, a, models):
-    """Scores of generated (with each number of steps), true, and true-through-the-autoencoder, and a sheet row of pictures."""
-    case, size = read_case(seed, a, models), models.size
-    true, masks = case.truth(size), [] if a.painted else case.masks(size)
-    videos = {f"{steps} steps": reenact(models, case.source, case.tracked.landmarks, settings(a, seed, steps=steps)) for steps in a.steps}
-    made = videos[f"{a.steps[-1]} steps"]
-    videos |= {"autoencoder": through_autoencoder(models, true), "true": true}
-    scores = {name: score(im, true, case.tracked.landmarks, masks, case.face, models.landmarker) for name, im in videos.items()}
-    return scores, sheet_row(case.source, case.driving, true, made)
+    """Generated, with each number of steps, true through the autoencoder, and true."""
+    case = make_case(seed, a, models)
+    true = case.truth(models.size)
+    masks = case.masks(true, models.landmarker)
+
+    latents = {
+        f"{steps} steps": sample_latents(
+            models, case.source, case.tracked.landmarks, settings(a, seed, steps=steps)
+        )
+        for steps in a.steps
+    }
+    latents["autoencoder"] = encode(models, true)
+    videos = {name: decode(models, z) for name, z in latents.items()} | {"true": true}
+    scores = {name: score(images, true, masks, case, models) for name, images in videos.items()}
+    if a.probes:
+        for name, z in latents.items():
+            scores[name] |= a.probes.scores(z, case.tracked.landmarks, case.motion, case.face)
+    return scores, sheet_row(case.source, case.driving, true, videos[f"{a.steps[-1]} steps"])
 
 
 def text_case(seed, a, models):
-    """The person by a sentence in place of the picture, colours in combinations that no training saw (paper 4.4)."""
-    case, size = read_case(seed, a, models), models.size
-    true, masks = case.truth(size), case.masks(size)
+    """The person by a sentence, in combinations of colours that no training saw (paper 4.4)."""
+    case = make_case(seed, a, models)
+    true = case.truth(models.size)
+    masks = case.masks(true, models.landmarker)
     with torch.no_grad():
-        scenes = {"text": sample.make_scene(models, None, world.caption(case.face), None), "picture": sample.make_scene(models, case.source, None, None)}
-    videos = {name: reenact(models, None, case.tracked.landmarks, settings(a, seed), scene=scene) for name, scene in scenes.items()}
-    scores = {name: score(im, true, case.tracked.landmarks, masks, case.face, models.landmarker) for name, im in (videos | {"true": true}).items()}
+        scenes = {
+            "text": sample.make_scene(models, None, world.caption(case.face), None),
+            "picture": sample.make_scene(models, case.source, None, None),
+        }
+
+    videos = reenact_scenes(models, case, scenes, settings(a, seed)) | {"true": true}
+    scores = {name: score(images, true, masks, case, models) for name, images in videos.items()}
     return scores, sheet_row(case.source, case.driving, true, videos["text"])
 
 
+def reenact_scenes(models, case, scenes, sampling):
+    """{name: images} of scene vectors, {name: (1, S)}."""
+    return {
+        name: reenact(models, None, case.tracked.landmarks, sampling, scene=scene)
+        for name, scene in scenes.items()
+    }
+
+
 def edit_case(seed, a, models):
-    """One colour of the source changed by words, hair, shirt and background in turn: is it as asked, and are the other two as without the
-    edit?"""
-    case, size = read_case(seed, a, models), models.size
-    name = list(COLOURS)[seed % 3]
-    words = dict(hair="{} hair", shirt="{} shirt", back="{} background")[name]
-    table = [c for c in COLOURS[name] if c != case.face[name]]
-    new = case.face | {name: table[seed // 3 % len(table)]}
-    edit = f"{words.format(case.face[name])} -> {words.format(new[name])}:{a.weight:g}"
+    """One colour of the source is changed by words: hair, shirt and background in turn. Is it as
+    asked, and are the other two as they are without the edit?"""
+    case = make_case(seed, a, models)
+    part = list(COLOURS)[seed % 3]
+    words = dict(hair="{} hair", shirt="{} shirt", back="{} background")[part]
+    table = [name for name in COLOURS[part] if name != case.face[part]]
+    new = case.face | {part: table[seed // 3 % len(table)]}
+    edit = f"{words.format(case.face[part])} -> {words.format(new[part])}:{a.weight:g}"
     with torch.no_grad():
-        scenes = {"plain": sample.make_scene(models, case.source, None, None), "edited": sample.make_scene(models, case.source, None, edit)}
-    videos = {k: reenact(models, None, case.tracked.landmarks, settings(a, seed), scene=scene) for k, scene in scenes.items()}
-    masks, true = case.masks(size), case.truth(size, new)
-    seen = {k: {c: shown_colour(im, masks, c) for c in COLOURS} for k, im in videos.items()}
-    kept = float(np.mean([seen["plain"][c] == seen["edited"][c] for c in COLOURS if c != name]))
-    scores = {k: dict(changed=float(seen[k][name] == new[name])) | {f"changed_{name}": float(seen[k][name] == new[name])} for k in videos}
-    scores["edited"] |= dict(kept=kept)
-    shown = float(shown_colour(true, masks, name) == new[name])
-    scores["true"] = {"changed": shown, f"changed_{name}": shown}
-    return scores, sheet_row(case.source, videos["plain"], true, videos["edited"])
+        scenes = {
+            "plain": sample.make_scene(models, case.source, None, None),
+            "edited": sample.make_scene(models, case.source, None, edit),
+        }
+
+    videos = reenact_scenes(models, case, scenes, settings(a, seed))
+    videos["true"] = case.truth(models.size, new)
+    masks = case.masks(videos["true"], models.landmarker, new)
+    seen = {
+        name: {c: shown_colour(images, masks, c) for c in COLOURS}
+        for name, images in videos.items()
+    }
+    scores = {}
+    for name in videos:
+        changed = float(seen[name][part] == new[part])
+        scores[name] = {"changed": changed, f"changed_{part}": changed}
+    others = [c for c in COLOURS if c != part]
+    scores["edited"]["kept"] = float(
+        np.mean([seen["plain"][c] == seen["edited"][c] for c in others])
+    )
+    return scores, sheet_row(case.source, videos["plain"], videos["true"], videos["edited"])
 
 
 def retarget_case(seed, a, models):
-    """Raw and retargeted landmarks: how far the generated face's shape is from the source's, and whether it still follows the driver. `shape`:
-    root mean square distance, of 256 pixels, of the neutral frame's landmarks, laid onto the source's by their rigid points; `mean_shape`:
-    of the difference to the true rendering's landmarks, averaged over the clip, which quiets the noise of single frames."""
-    case, size = read_case(seed, a, models), models.size
-    neutral = sample.neutral_frame(case.tracked.landmarks)
-    given = {"raw": case.tracked.landmarks, "retargeted": sample.retargeted(case.tracked.landmarks, case.shape)}
-    videos = {k: reenact(models, case.source, points, settings(a, seed)) for k, points in given.items()}
-    true, scores = case.truth(size), {}
+    """Raw and retargeted landmarks: how near is the generated face's shape to the source's, and does
+    it still follow the driver? All in pixels of 256, root mean square, laid on by rigid points.
+
+    `shape`: the neutral frame's landmarks from the source's. `asked`: the same of the landmarks that
+    the model was given. `mean_shape`: from the true rendering's, averaged over the clip first, which
+    quiets the noise of single frames."""
+    case = make_case(seed, a, models)
+    driving = case.tracked.landmarks
+    neutral = sample.neutral_frame(driving)
+    given = {"raw": driving, "retargeted": sample.retargeted(driving, case.shape)}
+    videos = {
+        name: reenact(models, case.source, points, settings(a, seed))
+        for name, points in given.items()
+    }
+    true = case.truth(models.size)
     expected = find_landmarks(models.landmarker, true)
-    for k, images in (videos | {"true": true}).items():
+
+    scores = {}
+    for name, images in (videos | {"true": true}).items():
         found = find_landmarks(models.landmarker, images)
-        apart = laid_onto(found, expected) - expected                           # (M, 478, 3)
-        scores[k] = dict(found=float((~np.isnan(found[:, 0, 0])).mean()))
+        seen = ~np.isnan(found[:, 0, 0])
+        scores[name] = dict(found=float(seen.mean()))
+        apart = laid_onto(found, expected) - expected  # (M, 478, 3)
         if not np.isnan(apart).all():
-            scores[k]["mean_shape"] = 256 * math.sqrt((np.nanmean(apart, 0) ** 2).mean())
-        for what, points in (("shape", found[neutral][None]), ("asked", given[k][neutral][None] if k in given else None)):
-            if points is not None and not np.isnan(points).any():
-                scores[k][what] = math.sqrt(lmse(laid_onto(points, case.shape[None]), case.shape[None]))
-        ok = ~np.isnan(found[:, 0, 0])
-        if ok.sum() > 3:
-            here, there = motions(found[ok]), motions(case.tracked.landmarks[ok])
-            scores[k] |= {m: correlation(here[m], there[m]) for m in ("yaw", "mouth")}
+            scores[name]["mean_shape"] = 256 * math.sqrt((np.nanmean(apart, 0) ** 2).mean())
+        if seen[neutral]:
+            scores[name]["shape"] = shape_distance(found[neutral], case.shape)
+        if name in given:
+            scores[name]["asked"] = shape_distance(given[name][neutral], case.shape)
+        if seen.sum() > 3:
+            here, there = motions(found[seen]), motions(driving[seen])
+            scores[name] |= {m: correlation(here[m], there[m]) for m in ("yaw", "mouth")}
     return scores, sheet_row(case.source, case.driving, true, videos["retargeted"])
 
 
+def shape_distance(points, shape):
+    """Root mean square distance, in pixels of 256, of landmarks (478, 3) laid onto others."""
+    return math.sqrt(lmse(laid_onto(points[None], shape[None]), shape[None]))
+
+
 def settings(a, seed, **rest):
-    return sample.Settings(**dict(dict(steps=a.steps[-1], sampler=a.sampler, guidance=a.guidance, seed=seed), **rest))
+    chosen = dict(steps=a.steps[-1], sampler=a.sampler, guidance=a.guidance, seed=seed)
+    return sample.Settings(**chosen | rest)
 
 
 def sheet_row(source, *videos):
+    """A picture: the source, and below each other eight frames of each video."""
     shown = np.linspace(0, len(videos[0]) - 1, 8).astype(int)
-    row = [np.concatenate([np.full_like(source, 255) if i else source, *im[shown]], 1) for i, im in enumerate(videos)]
-    return np.concatenate(row)
+    left = [source] + [np.full_like(source, 255)] * (len(videos) - 1)
+    return np.concatenate(
+        [np.concatenate([first, *video[shown]], 1) for first, video in zip(left, videos)]
+    )
 
 
-TASKS = dict(reenact=reenact_case, text=text_case, edit=edit_case, retarget=retarget_case)
+CASES = dict(reenact=reenact_case, text=text_case, edit=edit_case, retarget=retarget_case)
+
+
+def run_cases(a):
+    """Any of CASES over `--n` seeds: a table of means. Returns them for the line of JSON."""
+    models, scores, rows = sample.load_models(a.model), [], []
+    probed = a.task == "reenact" and a.probes and not a.painted
+    a.probes = Probes(models, a.probes) if probed else None
+    for seed in tqdm(range(a.n), "cases", disable=None):
+        one, row = CASES[a.task](seed, a, models)
+        scores.append(one)
+        if seed < 8:
+            rows.append(row)
+
+    if a.sheet:  # two columns of cases
+        half = (len(rows) + 1) // 2
+        rows += [np.full_like(rows[0], 255)] * (2 * half - len(rows))
+        halves = [np.concatenate(rows[:half]), np.concatenate(rows[half:])]
+        Image.fromarray(np.concatenate(halves, 1)).save(a.sheet)
+
+    figures = list(dict.fromkeys(k for one in scores for column in one.values() for k in column))
+    mean = {}
+    for column in scores[0]:
+        values = {k: [one[column][k] for one in scores if k in one[column]] for k in figures}
+        mean[column] = {k: float(np.mean(v)) if v else math.nan for k, v in values.items()}
+    print(f"{'':16}" + "".join(f"{column:>12}" for column in mean))
+    for k in figures:
+        print(f"{k:16}" + "".join(f"{column[k]:12.3f}" for column in mean.values()))
+    return mean | dict(model=models.sha256[:16])
+
+
+# --------------------------------------------------------------------------------------------------
+# The world itself: is every face found, and do its landmarks follow the controls?
+
+# The control that each of `evaluate.motions` should follow. Open eyes are the opposite of a blink.
+FOLLOWS = dict(
+    yaw="yaw", pitch="pitch", roll="roll", mouth="jaw", eyes="blink", smile="smile", gaze="gaze_x"
+)
+
+
+def measure_controls(a, size=128):
+    """Landmarks of rendered frames beside their controls, without any model: fraction of frames in
+    which a face is found; correlation of one simple measure each, within clips; correlation of a
+    linear regression from aligned landmarks, on people that it was not fitted on."""
+    landmarker = data.FaceLandmarker()
+    landmarks, controls, people = [], [], []
+    for seed in tqdm(range(a.n), "people", disable=None):
+        rng = np.random.default_rng(UNSEEN + seed)
+        face, motion = world.sample_face(rng), world.sample_motion(rng, 48, fps=8)
+        for i in np.linspace(0, 47, a.frames + 2)[1:-1].astype(int):
+            moment = {name: float(values[i]) for name, values in motion.items()}
+            points = landmarker.landmarks(world.render(face, moment, size))
+            landmarks.append(
+                np.full((sdit.LANDMARKS, 3), np.nan) if points is None else points / size
+            )
+            controls.append(moment)
+            people.append(seed)
+    landmarks, people = np.stack(landmarks), np.array(people)
+
+    found = ~np.isnan(landmarks[:, 0, 0])
+    print(f"faces found: {found.sum()} of {len(found)} frames, {found.mean():.2%}")
+    if missed := sorted(set(people[~found].tolist())):
+        print(f"missed in the cases {missed}")
+    landmarks, people = landmarks[found], people[found]
+    controls = {name: np.array([c[name] for c in controls])[found] for name in world.CONTROLS}
+
+    simple = {
+        FOLLOWS[name]: abs(within(values, controls[FOLLOWS[name]], people))
+        for name, values in motions(landmarks).items()
+    }
+
+    reference = np.repeat(landmarks.mean(0)[None], len(landmarks), 0)
+    aligned = laid_onto(landmarks, reference).reshape(len(landmarks), -1)
+    fitted = people < 0.6 * a.n
+    targets = np.stack([*controls.values()], 1)
+    read = Ridge(aligned[fitted], targets[fitted], strength=0.03)(aligned[~fitted])
+    held_out = {
+        name: correlation(read[:, k], targets[~fitted, k]) for k, name in enumerate(controls)
+    }
+
+    print(f"{'control':10}{'simple r':>10}{'ridge r':>10}")
+    for name in controls:
+        first = f"{simple[name]:10.3f}" if name in simple else f"{'':10}"
+        print(f"{name:10}{first}{held_out[name]:10.3f}")
+    return dict(found=float(found.mean()), simple=simple, ridge=held_out)
+
+
+def within(a, b, groups):
+    """Correlation of a and b (n,), after the mean of its group is taken from each."""
+    a, b = a.copy(), b.copy()
+    for group in np.unique(groups):
+        for values in (a, b):
+            values[groups == group] -= values[groups == group].mean()
+    return correlation(a, b)
+
+
+# --------------------------------------------------------------------------------------------------
+# Real people: are skin, hair and background of the result like the photograph's?
+
+NEAR = dict(cheek=15, hair=25, background=25)  # distances in CIELAB that are still alike
+
+
+def photograph_masks(points, size):
+    """Where a picture shows cheeks, hair and background: masks (size, size) of landmarks (478, 3) in
+    0..1. Hair: a band above the forehead, of which the mesh leaves out the upper seventh. Background:
+    the upper margins, left and right of the head."""
+    (left, top), (right, bottom) = points[:, :2].min(0), points[:, :2].max(0)
+    width, height = right - left, bottom - top
+    y, x = (np.mgrid[:size, :size] + 0.5) / size
+    above = (y < top - 0.15 * height) & (y > top - 0.35 * height)
+    central = abs(x - (left + right) / 2) < width / 4
+    beside = (x < left - 0.3 * width) | (x > right + 0.3 * width)
+    return dict(
+        cheek=cheek_mask(points, size),
+        hair=above & central,
+        background=beside & (y < top + 0.25 * height),
+    )
+
+
+@dataclasses.dataclass
+class Portrait:
+    """A face of a file: a source, and, where the file is a video, a driver."""
+
+    path: Path
+    crop: np.ndarray  # (size, size, 3)
+    colours: dict  # part -> median colour (1, 3)
+    landmarks: np.ndarray = None  # (frames, 478, 3) of a video
+    driving: np.ndarray = None  # (size, size, 3), its middle frame
+
+
+def read_portrait(path, models, frames):
+    crop, points, _ = sample.read_source(path, models.landmarker, models.size, 0)
+    masks = photograph_masks(data.in_square(points[None]).landmarks[0], models.size)
+    portrait = Portrait(path, crop, {part: medians(crop[None], [masks], part) for part in NEAR})
+    if path.suffix.lower() in data.VIDEOS:
+        images = list(itertools.islice(data.Video(path), 48))
+        tracked = data.track(images, models.landmarker, path)
+        chosen = np.linspace(0, len(images) - 1, frames).astype(int)
+        portrait.landmarks = tracked.landmarks[chosen]
+        portrait.driving = data.crop(images[chosen[frames // 2]], tracked.square, models.size)
+    return portrait
+
+
+def compare_portrait(images, source, landmarks, landmarker):
+    """Distances in CIELAB of a result (M, h, h, 3): of its median colours from the photograph's, and
+    the largest of one frame's from the clip's. Where no face is found, the driver's landmarks say
+    where to look."""
+    found = find_landmarks(landmarker, images)
+    points = np.where(np.isnan(found), landmarks, found)
+    masks = [photograph_masks(p, len(images[0])) for p in points]
+    figures = dict(found=float((~np.isnan(found[:, 0, 0])).mean()))
+    for part in NEAR:
+        frames = medians(images, masks, part)
+        if len(frames) and len(source.colours[part]):
+            middle = np.median(frames, 0)
+            figures[part] = colour_distance(middle, source.colours[part][0])
+            figures[f"{part}_change"] = max(colour_distance(frame, middle) for frame in frames)
+    return figures
+
+
+def measure_real(a):
+    """Every pair of a source and another driver of `--clips`; fractions of the pairs that are near."""
+    models, portraits = sample.load_models(a.model), []
+    for path in data.list_files(a.clips, data.PICTURES | data.VIDEOS):
+        try:
+            portraits.append(read_portrait(path, models, a.frames))
+        except sdit.UserError as e:
+            print(f"left out: {e}", file=sys.stderr)
+    drivers = [p for p in portraits if p.landmarks is not None]
+    pairs = [(source, driver) for source in portraits for driver in drivers if source is not driver]
+    if not pairs:
+        raise sdit.UserError(f"{a.clips} holds no two files with a face, one of them a video")
+
+    names = [*NEAR, *(f"{part}_change" for part in NEAR)]
+    found, shown = [], {}
+    print(f"{'source':14}{'driver':14}" + "".join(f"{name:>18}" for name in names))
+    for source, driver in pairs[: a.n]:
+        images = reenact(models, source.crop, driver.landmarks, settings(a, 0))
+        figures = compare_portrait(images, source, driver.landmarks, models.landmarker)
+        found.append(figures)
+        shown[source.path, driver.path] = images[len(images) // 2]
+        values = "".join(f"{figures.get(name, math.nan):18.1f}" for name in names)
+        print(f"{source.path.name:14}{driver.path.name:14}{values}")
+
+    near = {}
+    for name in names:
+        limit = NEAR[name.removesuffix("_change")]
+        values = np.array([figures[name] for figures in found if name in figures])
+        near[name] = float((values <= limit).mean()) if len(values) else math.nan
+        print(
+            f"{name}: {near[name]:.0%} of {len(values)} pairs within {limit}, "
+            f"median {np.median(values) if len(values) else math.nan:.1f}"
+        )
+    if a.sheet:
+        blank = np.full_like(portraits[0].crop, 255)
+        rows = [[blank, *(driver.driving for driver in drivers)]]
+        for p in portraits:
+            rows.append([p.crop, *(shown.get((p.path, d.path), blank) for d in drivers)])
+        Image.fromarray(np.concatenate([np.concatenate(row, 1) for row in rows])).save(a.sheet)
+    faces = float(np.mean([figures["found"] for figures in found]))
+    return dict(pairs=len(found), found=faces, near=near, model=models.sha256[:16])
+
+
+# --------------------------------------------------------------------------------------------------
+
+TASKS = {name: run_cases for name in CASES} | dict(controls=measure_controls, real=measure_real)
+# (clips, frames of each) where --n and --frames are not given
+DEFAULTS = dict(controls=(300, 3), real=(None, 8))
+
+
+def arguments():
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    ap.add_argument("--task", choices=list(TASKS), default="reenact")
+    ap.add_argument("--model", type=Path, default=DEMO / "sdit.safetensors")
+    ap.add_argument(
+        "--n", type=int, help="clips, people or pairs (default: 50; controls: 300; real: all pairs)"
+    )
+    ap.add_argument("--frames", type=int, help="of each (default: 24; controls: 3; real: 8)")
+    ap.add_argument(
+        "--steps",
+        type=int,
+        nargs="+",
+        default=[sample.Settings.steps],
+        help="denoising steps; several are compared",
+    )
+    ap.add_argument("--sampler", default=sample.Settings.sampler)
+    ap.add_argument("--guidance", type=float, default=sample.Settings.guidance)
+    ap.add_argument(
+        "--held-out",
+        action="store_true",
+        help="sources with the triples of colours that no training saw",
+    )
+    ap.add_argument(
+        "--painted", action="store_true", help="sources, and so the truth, redrawn as paintings"
+    )
+    ap.add_argument(
+        "--probes",
+        type=int,
+        default=400,
+        help="people to fit the probes on (default: 400; 0: none)",
+    )
+    ap.add_argument("--weight", type=float, default=1.0, help="of --task edit")
+    ap.add_argument("--clips", type=Path, help="folder of pictures and videos for --task real")
+    ap.add_argument(
+        "--sheet",
+        type=Path,
+        help="picture of the first 8 cases: source and driving, "
+        "true, generated; of --task real: one row a source, one column a driver",
+    )
+    a = ap.parse_args()
+
+    if a.sheet and not a.sheet.absolute().parent.is_dir():
+        raise sdit.UserError(f"no such folder: {a.sheet.parent}")
+    if a.task == "real" and not (a.clips and a.clips.is_dir()):
+        raise sdit.UserError("--task real needs --clips, a folder of pictures and videos")
+    n, frames = DEFAULTS.get(a.task, (50, 24))
+    a.n, a.frames = a.n or n, a.frames or frames
+    return a
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--task", choices=list(TASKS), default="reenact")
-    ap.add_argument("--model", type=Path, default=DEMO / "sdit.safetensors")
-    ap.add_argument("--n", type=int, default=50, help="clips")
-    ap.add_argument("--frames", type=int, default=24)
-    ap.add_argument("--steps", type=int, nargs="+", default=[sample.Settings.steps], help="denoising steps; several are compared")
-    ap.add_argument("--sampler", default=sample.Settings.sampler)
-    ap.add_argument("--guidance", type=float, default=sample.Settings.guidance)
-    ap.add_argument("--held-out", action="store_true", help="sources with the triples of colours that no training saw")
-    ap.add_argument("--painted", action="store_true", help="sources, and so the truth, redrawn as paintings")
-    ap.add_argument("--weight", type=float, default=1.0, help="of --task edit")
-    ap.add_argument("--sheet", type=Path, help="contact sheet of the first 8 cases: source and driving, true, generated")
-    a = ap.parse_args()
-    if a.sheet and not a.sheet.absolute().parent.is_dir():
-        raise sdit.UserError(f"no such folder: {a.sheet.parent}")
-    models, scores, sheet = sample.load_models(a.model), [], []
-    for seed in tqdm(range(a.n), "cases"):
-        one, row = TASKS[a.task](seed, a, models)
-        scores.append(one)
-        sheet += [row] * (seed < 8)
-    if a.sheet:
-        half = (len(sheet) + 1) // 2
-        sheet += [np.full_like(sheet[0], 255)] * (2 * half - len(sheet))
-        Image.fromarray(np.concatenate([np.concatenate(sheet[:half]), np.concatenate(sheet[half:])], 1)).save(a.sheet)
-    names = list(dict.fromkeys(k for s in scores for one in s.values() for k in one))
-    gathered = {kind: {k: [s[kind][k] for s in scores if k in s[kind]] for k in names} for kind in scores[0]}
-    mean = {kind: {k: float(np.mean(v)) if v else math.nan for k, v in g.items()} for kind, g in gathered.items()}
-    print(f"{'':16}" + "".join(f"{kind:>12}" for kind in mean))
-    for k in names:
-        print(f"{k:16}" + "".join(f"{mean[kind][k]:12.3f}" for kind in mean))
-    about = {k: v for k, v in vars(a).items() if k not in ("sheet", "model")}
-    print(json.dumps(about | dict(model=models.sha256[:16]) | mean))
+    a = arguments()
+    asked = {k: v for k, v in vars(a).items() if k not in ("sheet", "model", "clips")}
+    found = TASKS[a.task](a)
+    print(json.dumps(asked | found))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """What several tests share: small random models, rendered faces, videos of known content."""
+import importlib.util
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch
 
 import data
 import sdit
-import world
 
 
 def random_sdit(frames=4, depth=2, dtype=torch.float32, seed=0, prediction="epsilon"):
@@ -53,8 +53,22 @@ def write_video(path, frames, rate=25, sound=None, times=None):
     return path
 
 
+def rendered_world():
+    """The demo's world; where the packages it needs are not installed, the test is skipped."""
+    missing = [name for name in ("anny", "warp") if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"rendered people need demo/requirements.txt ({' and '.join(missing)} missing)")
+    import world
+    return world
+
+
 @pytest.fixture(scope="session")
-def clip():
+def world():
+    return rendered_world()
+
+
+@pytest.fixture(scope="session")
+def clip(world):
     """(frames (12, 128, 128, 3), its motion) of a rendered face that nothing was trained on."""
     video, _, _, motion = world.sample_clip(1_000_100, 12, 128, 12)
     return video, motion

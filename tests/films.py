@@ -5,22 +5,22 @@ import sys
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT, write_video
+from conftest import ROOT, rendered_world, write_video
 
 import data
-import world
 
 SIDE, RATE = 192, 24
 
 
 def shot(person, frames=30, where=(60, 40), seed=None, still=False):
     """Frames (frames, 280, 400, 3): a rendered person in front of a grey-blue ramp, SIDE pixels wide at `where`."""
-    face, motion = world.sample_face(np.random.default_rng(person)), world.sample_motion(np.random.default_rng(seed or person), frames)
-    canvas = background(frames, person)
-    for f in range(frames):
-        picture = world.render(face, {k: v[0 if still else f] for k, v in motion.items()}, 128)
-        x, y = where
-        canvas[f, y:y + SIDE, x:x + SIDE] = cv2.resize(picture, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)
+    world = rendered_world()
+    face = world.sample_face(np.random.default_rng(person))
+    motion = world.sample_motion(np.random.default_rng(seed or person), 1 if still else frames)
+    canvas, (x, y) = background(frames, person), where
+    for f, picture in enumerate(world.render_clip(face, motion, 128)):
+        picture = cv2.resize(picture, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)
+        canvas[f:None if still else f + 1, y:y + SIDE, x:x + SIDE] = picture
     return canvas
 
 

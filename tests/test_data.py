@@ -11,7 +11,6 @@ from PIL import Image
 
 import data
 import sdit
-import world
 from conftest import write_video
 
 
@@ -410,7 +409,7 @@ def test_openais_clip_has_its_own_activation():
     assert {type(m).__name__ for m in model.modules() if "GELU" in type(m).__name__} == {"QuickGELU"}
 
 
-def test_world_writes_clips_for_the_cache(tmp_path, monkeypatch):
+def test_world_writes_clips_for_the_cache(world, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["world.py", str(tmp_path), "--clips", "2", "--frames", "3", "--size", "64"])
     world.main()
     assert [len(data.Video(tmp_path / f"{i:04d}.mp4")) for i in range(2)] == [3, 3]

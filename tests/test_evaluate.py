@@ -15,7 +15,6 @@ from PIL import Image
 
 import evaluate
 import sdit
-import world
 from sdit import UserError
 
 
@@ -40,7 +39,7 @@ def test_lmse_of_a_known_shift():
     assert math.isnan(evaluate.lmse(np.full_like(points, np.nan), points))
 
 
-def test_laid_onto_takes_out_pose_and_size():
+def test_laid_onto_takes_out_pose_and_size(world):
     points, turn = faces(), world.rotation(20, 10, 5)
     moved = 0.8 * points @ turn.T + np.float32([0.1, -0.2, 0.3])
     assert evaluate.lmse(moved, points) > 100
@@ -164,7 +163,7 @@ def test_bootstrap():
 
 
 @pytest.fixture(scope="module")
-def small_world(tmp_path_factory):
+def small_world(world, tmp_path_factory):
     """OUT with three rendered pairs of 12 frames."""
     out = tmp_path_factory.mktemp("evaluation")
     rng = np.random.default_rng(3)
@@ -174,8 +173,7 @@ def small_world(tmp_path_factory):
     for i in range(3):
         a, b, motion = world.sample_face(rng), world.sample_face(rng), world.sample_motion(rng, 12)
         for folder, face in (("clips", b), ("truth", a)):
-            frames = np.stack([world.render(face, {k: v[f] for k, v in motion.items()}, 128) for f in range(12)])
-            write_video(out / "world" / folder / f"{i}.mp4", frames)
+            write_video(out / "world" / folder / f"{i}.mp4", world.render_clip(face, motion, 128))
         Image.fromarray(world.render(a, {k: v[0] for k, v in motion.items()}, 128)).save(out / "world" / "pictures" / f"{i}.png")
         lines.append(dict(source=f"pictures/{i}.png", driving=f"clips/{i}.mp4", out=f"out/{i}.mp4"))
     evaluate.write_pairs(out / "world" / "pairs.csv", lines)

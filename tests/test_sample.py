@@ -15,7 +15,6 @@ import torch
 import data
 import sample
 import sdit
-import world
 from conftest import ROOT, random_sdit, write_video
 
 
@@ -335,7 +334,7 @@ def test_two_processes_make_what_one_makes(tmp_path, clip):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["driving.mp4", "one.mp4", "two.mp4"]
 
 
-def test_pairs_with_text_faces_and_bad_lines(tmp_path, clip, monkeypatch, capsys):
+def test_pairs_with_text_faces_and_bad_lines(world, tmp_path, clip, monkeypatch, capsys):
     """Models once, one file a line; a bad line is reported and the rest goes on. A sentence in place of a picture; the face by number."""
     small = np.stack([cv2.resize(f, (80, 80)) for f in clip[0]])
     both = np.full((12, 144, 288, 3), 200, np.uint8)
