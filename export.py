@@ -40,7 +40,7 @@ from sdit import UserError
 
 DEMO = Path(__file__).resolve().parent / "demo"
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The graphs. The guidance branches (G of them: 1, or 2, conditional and unconditional) are an axis of their own, so that no branch reads the
 # anchor of another. Rows are the only axis left open. Inside, frames are x (frames, N, D) with conditioning c (frames, D)
 
@@ -77,7 +77,7 @@ class Graph(nn.Module):
         self.x_embedder, self.t_embedder, self.blocks, self.final_layer = model.x_embedder, model.t_embedder, model.blocks, model.final_layer
         for name, value in dict(position=model.position, time_position=model.time_position, slots=torch.arange(model.config.frames)).items():
             self.register_buffer(name, value.to(model.position.device), persistent=False)
-        self.roots = model.roots.to(model.position)         # no buffer: float32 in half precision
+        self.roots = model.roots.to(model.position)  # no buffer: float32 in half precision
 
     def override(self, x, anchor):
         """x (B, G, T, ...)."""
@@ -87,8 +87,8 @@ class Graph(nn.Module):
         """Tokens (B, G, T, N, D) of latents (B, T, C, H, W) in `slots` (T,)."""
         p, side, patches = self.config.patch, self.config.latent_size // self.config.patch, self.x_embedder.proj
         x = latents.unflatten(4, (side, p)).unflatten(3, (side, p)).permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 6).flatten(2, 3)
-        x = F.linear(x, patches.weight.flatten(1), patches.bias)               # as a convolution ONNX would not have it in bfloat16
-        x = x + self.position + self.time_position.index_select(0, slots)[:, None]              # (B, T, N, D)
+        x = F.linear(x, patches.weight.flatten(1), patches.bias)  # as a convolution ONNX would not have it in bfloat16
+        x = x + self.position + self.time_position.index_select(0, slots)[:, None]  # (B, T, N, D)
         return x[:, None].expand(-1, self.branches, -1, -1, -1)
 
     def condition(self, timesteps, conditioning):
@@ -108,8 +108,8 @@ class Graph(nn.Module):
         """Attention of rows that lack their anchor, qkv (BG(T - 1), N, 3D), to themselves and to the anchor of their branch, whose keys and
         values are kv (2, G, heads, N, d). -> (BG(T - 1), N, D)"""
         G, N = self.branches, self.config.tokens
-        q, *own = self.heads(qkv.reshape(-1, (self.config.frames - 1) * N, qkv.shape[-1]))               # (BG, heads, (T - 1)N, d)
-        own = [z.unflatten(0, (-1, G)) for z in own]                                                    # (B, G, heads, (T - 1)N, d)
+        q, *own = self.heads(qkv.reshape(-1, (self.config.frames - 1) * N, qkv.shape[-1]))  # (BG, heads, (T - 1)N, d)
+        own = [z.unflatten(0, (-1, G)) for z in own]  # (B, G, heads, (T - 1)N, d)
         k, v = (torch.cat([shared.expand(z.shape[0], -1, -1, -1, -1), z], 3).flatten(0, 1) for shared, z in zip(kv.unbind(0), own))
         return merge(attend(q, k, v)).reshape(-1, N, self.config.width)
 
@@ -128,7 +128,7 @@ class Graph(nn.Module):
 
         Two branches are guided; the learned sigma is the conditional one's. `latents`, the graph's
         input (B, T, C, H, W), come overridden where the graph overrides."""
-        output = self.unpatchify(output.flatten(0, 1)).unflatten(0, (-1, self.branches))                  # (B, G, T, 2C, H, W)
+        output = self.unpatchify(output.flatten(0, 1)).unflatten(0, (-1, self.branches))  # (B, G, T, 2C, H, W)
         noise, v = output.split(self.config.latent_channels, 3)
         if self.branches == 2:
             noise = noise[:, 1:] + guidance * (noise[:, :1] - noise[:, 1:])
@@ -143,11 +143,11 @@ class Override(Graph):
         """latents (B, T, C, H, W), timesteps (B,), conditioning (B, G, T, D), anchor and guidance scalars -> (B, T, 2C, H, W)."""
         T, G, N, D = self.config.frames, self.branches, self.config.tokens, self.config.width
 
-        def attention(qkv):                                                     # (BGT, N, 3D)
+        def attention(qkv):  # (BGT, N, 3D)
             return merge(attend(*self.heads(qkv.reshape(-1, T * N, 3 * D)))).reshape(-1, N, D)
 
-        x = self.override(self.embed(latents, self.slots), anchor)                                     # (B, G, T, N, D)
-        c = self.override(self.condition(timesteps, conditioning), anchor).flatten(0, 2)               # (BGT, D)
+        x = self.override(self.embed(latents, self.slots), anchor)  # (B, G, T, N, D)
+        c = self.override(self.condition(timesteps, conditioning), anchor).flatten(0, 2)  # (BGT, D)
         for block in self.blocks:
             x = self.override(self.block(block, x.flatten(0, 2), c, attention).unflatten(0, (-1, G, T)), anchor)
         x = self.final(x.flatten(0, 2), c).unflatten(0, (-1, G, T))
@@ -172,13 +172,13 @@ class Packed(Graph):
         """As `Override.forward`; also returns the anchor's keys and values, (depth, 2, G, heads, N, d)."""
         T, G, slots, kept = self.config.frames, self.branches, self.others(anchor), []
 
-        def pack(x):                                                            # (B, G, T, ...) -> (G + BG(T - 1), ...)
+        def pack(x):  # (B, G, T, ...) -> (G + BG(T - 1), ...)
             return torch.cat([x[0].index_select(1, anchor.view(1))[:, 0], x.index_select(2, slots).flatten(0, 2)])
 
         def attention(qkv):
-            q, k, v = self.heads(qkv[:G])                                       # (G, heads, N, d)
+            q, k, v = self.heads(qkv[:G])  # (G, heads, N, d)
             kept.append(torch.stack([k, v]))
-            row_0 = self.heads(qkv[G:G * T].reshape(G, -1, qkv.shape[-1]))      # its G (T - 1) other frames, which the anchor reads too
+            row_0 = self.heads(qkv[G:G * T].reshape(G, -1, qkv.shape[-1]))  # its G (T - 1) other frames, which the anchor reads too
             anchors = merge(attend(q, *(torch.cat(pair, 2) for pair in zip((k, v), row_0[1:]))))
             return torch.cat([anchors, self.read(qkv[G:], kept[-1])])
 
@@ -237,11 +237,11 @@ def output_shapes(config, form, rows, branches):
     return {name: shapes[name] for name in FORMS[form].outputs}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Writing graphs
 
-OPSET = 20                                         # from 23 on there is an Attention operator, which TensorRT does not build in float32
-OPEN = ("latents", "timesteps", "conditioning")    # inputs whose first axis is rows
+OPSET = 20  # from 23 on there is an Attention operator, which TensorRT does not build in float32
+OPEN = ("latents", "timesteps", "conditioning")  # inputs whose first axis is rows
 
 
 def torch_program(graph, form):
@@ -285,7 +285,7 @@ def build_plan(trt, path, plan, rows, timing_cache=None):
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(path)):                                   # from the file: the weights lie beside it
+    if not parser.parse_from_file(str(path)):  # from the file: the weights lie beside it
         raise UserError(f"TensorRT cannot read {path}: " + "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)))
     settings, profile = builder.create_builder_config(), builder.create_optimization_profile()
     for i in range(network.num_inputs):
@@ -293,7 +293,7 @@ def build_plan(trt, path, plan, rows, timing_cache=None):
         if name in OPEN:
             profile.set_shape(name, *([n, *shape[1:]] for n in (1, *rows)))
     settings.add_optimization_profile(profile)
-    settings.clear_flag(trt.BuilderFlag.TF32)                                  # float32 means float32; half precision is what is fast
+    settings.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32; half precision is what is fast
     if timing_cache:
         cache = settings.create_timing_cache(Path(timing_cache).read_bytes() if Path(timing_cache).exists() else b"")
         settings.set_timing_cache(cache, False)
@@ -318,7 +318,7 @@ def import_tensorrt(device):
     return tensorrt
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Running graphs. A runner takes inputs by name, any precision, and returns a tuple of outputs, all of them on the device
 
 
@@ -339,9 +339,9 @@ def load_onnx(path, device):
     provider, settings = cuda if device.type == "cuda" else ("CPUExecutionProvider", {})
     try:
         session = onnxruntime.InferenceSession(path, options, providers=[(provider, settings)])
-    except Exception as e:                                                      # its errors have no common class
+    except Exception as e:  # its errors have no common class
         raise UserError(f"ONNX Runtime cannot run {path} on {device}: {str(e).partition(chr(10))[0]}") from None
-    if session.get_providers()[0] != provider:                                  # it falls back without an error
+    if session.get_providers()[0] != provider:  # it falls back without an error
         raise UserError(f"this ONNX Runtime has no {provider}; install onnxruntime-gpu for the CUDA version of this PyTorch, or choose --device cpu")
     return session
 
@@ -358,7 +358,7 @@ def run_onnx(session, config, form, branches, dtype, inputs):
         for name, v in tensors.items():
             bind(name, device.type, device.index or 0, types[v.dtype], tuple(v.shape), v.data_ptr())
     if device.type == "cuda":
-        torch.cuda.synchronize(device)                                          # ONNX Runtime works on a stream of its own
+        torch.cuda.synchronize(device)  # ONNX Runtime works on a stream of its own
     session.run_with_iobinding(binding)
     return tuple(outputs.values())
 
@@ -409,13 +409,13 @@ class Engine:
     name: str
     config: sdit.SDiTConfig
     branches: int
-    most_rows: int                                 # at once
+    most_rows: int  # at once
     first_runner: callable
     rest_runner: callable
 
     def _run(self, runner, x, t, conditions, anchor, guidance, **rest):
-        filled = [*conditions, *conditions[:1]][:self.branches]                 # an engine for guidance, asked for none: both branches are the same
-        c = torch.stack(filled, 1)                                              # (B, G, T, D)
+        filled = [*conditions, *conditions[:1]][:self.branches]  # an engine for guidance, asked for none: both branches are the same
+        c = torch.stack(filled, 1)  # (B, G, T, D)
         scalars = dict(anchor=torch.tensor(anchor, device=x.device), guidance=torch.tensor(guidance, device=x.device))
         return runner(dict(latents=x, timesteps=torch.full((len(x),), t, device=x.device), conditioning=c, **scalars, **rest))
 
@@ -465,7 +465,7 @@ def load_engine(folder, model_sha256=None, device="cpu"):
     return Engine(folder.resolve().name, config, about["branches"], most, *runners)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Comparison with the model
 
 TOLERANCE = dict(fp32=1e-5, fp16=5e-3, bf16=3e-2)  # relative L2 error against the model in float32
@@ -550,7 +550,7 @@ def check(model, kind, path, form, precision, branches, device, rows):
         print(f"note: this model's anchor moves its output by {control:.2g} only, too little to tell an override from none (is it trained?)")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -599,13 +599,13 @@ def export(model, digest, kind, a, device):
         known = set(read_manifest(final)["sha256"]) | {"manifest.json"}
         if others := sorted(p.name for p in final.iterdir() if p.name not in known):
             raise UserError(f"{final} also holds {others[0]}, which is not the export's; move it, or choose another --out")
-    fresh = sdit.hidden(final, ".tmp")                                          # renamed as one, since ONNX graphs name their weights' file
+    fresh = sdit.hidden(final, ".tmp")  # renamed as one, since ONNX graphs name their weights' file
     with sdit.owned(final):
         return export_into(model, digest, kind, a, device, fresh, final)
 
 
 def export_into(model, digest, kind, a, device, fresh, final):
-    shutil.rmtree(fresh, ignore_errors=True)                                    # of a run that was killed
+    shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed
     fresh.mkdir()
     try:
         files, start = {}, time.perf_counter()
@@ -646,7 +646,7 @@ def peak_memory(run, device):
     def read(field):
         return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1]) / 1024
     try:
-        Path("/proc/self/clear_refs").write_text("5")                           # Linux: forget the height so far
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the height so far
     except OSError:
         return None
     before = read("VmRSS")
@@ -688,9 +688,9 @@ def bench(model, a, device, repeat=7):
                     raise RuntimeError(f"differs from the model by {error:.2g}")
                 run(inputs)
                 seconds[key] = []
-                if device.type == "cpu" or key[0] not in ("onnx", "trt"):       # those allocate beside torch on a GPU
+                if device.type == "cpu" or key[0] not in ("onnx", "trt"):  # those allocate beside torch on a GPU
                     memory[key] = peak_memory(lambda: run(inputs), device)
-            except Exception as e:                                              # a backend that fails is a row of the table
+            except Exception as e:  # a backend that fails is a row of the table
                 missing[key] = str(e).partition("\n")[0]
         for _ in tqdm(range(repeat), desc="timing", unit="round", leave=False, disable=None):
             for key in seconds:
@@ -715,7 +715,7 @@ def report(model, a, device, seconds, memory, missing, repeat):
         cells = [f"{seconds[backend, f] * 1e3:,.1f} ms ({seconds[backend, f] / base:.2f})" if (backend, f) in seconds else "-"
                  for f in ("unanchored", "override", "packed")]
         held = memory.get((backend, "packed"))
-        print(f"| {backend} | {' | '.join(cells)} | {f'{held:,.0f} MiB' if held and held >= 1 else '-'} |")    # less is not seen
+        print(f"| {backend} | {' | '.join(cells)} | {f'{held:,.0f} MiB' if held and held >= 1 else '-'} |")  # less is not seen
     for reason in dict.fromkeys(f"{backend}: {reason}" for (backend, _), reason in missing.items()):
         print(f"not there: {reason}")
     print(json.dumps(dict(model=model.config.name, frames=model.config.frames, rows=a.rows[0], branches=a.branches, precision=a.precision,
@@ -750,8 +750,8 @@ def main():
     a = arguments()
     device, precision = sdit.get_device(a.device), a.precision
     if a.trt:
-        import_tensorrt(device)                                                 # said before the work
-    torch.backends.cudnn.allow_tf32 = False                                     # the model to compare with is float32
+        import_tensorrt(device)  # said before the work
+    torch.backends.cudnn.allow_tf32 = False  # the model to compare with is float32
     model = random_model(a.size, a.frames).to(device) if a.size else sdit.load_model(a.model, device)
     digest = "random" if a.size else sdit.sha256(a.model)
     if model.config.frames < 2:

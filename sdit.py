@@ -41,8 +41,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-LANDMARKS = 478                                    # points of MediaPipe's face mesh with irises (paper 4.2)
-LANDMARK_COMPONENTS = 64                           # principal components of them that the mapping network reads
+LANDMARKS = 478  # points of MediaPipe's face mesh with irises (paper 4.2)
+LANDMARK_COMPONENTS = 64  # principal components of them that the mapping network reads
 
 
 class UserError(ValueError):
@@ -60,7 +60,7 @@ def has_bf16(device):
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Configuration
 
 @dataclass
@@ -68,18 +68,18 @@ class SDiTConfig:
     """What a model file needs to say about itself; travels as JSON in its metadata."""
     name: str = "XL/2"
     depth: int = 28
-    width: int = 1152                              # D
+    width: int = 1152  # D
     heads: int = 16
     patch: int = 2
-    frames: int = 8                                # T
-    latent_channels: int = 4                       # C
-    latent_size: int = 32                          # H = W
-    scene_width: int = 768                         # S, CLIP ViT-L/14
-    autoencoder: str = ""                          # file name and sha256 of what the latents and the scenes were made with
+    frames: int = 8  # T
+    latent_channels: int = 4  # C
+    latent_size: int = 32  # H = W
+    scene_width: int = 768  # S, CLIP ViT-L/14
+    autoencoder: str = ""  # file name and sha256 of what the latents and the scenes were made with
     autoencoder_sha256: str = ""
     clip: str = ""
     clip_sha256: str = ""
-    prediction: str = "epsilon"                    # or "v", see `SDiT.predict_noise`
+    prediction: str = "epsilon"  # or "v", see `SDiT.predict_noise`
     scene_mean: list = dataclasses.field(default_factory=list)  # mean scene vector of the training set (S numbers): tells train.py its data
 
     def __post_init__(self):
@@ -113,7 +113,7 @@ def make_config(name, frames=8, **rest):
     return config
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Building blocks
 
 def sinusoid(width, positions):
@@ -151,19 +151,19 @@ class Attention(nn.Module):
         is named. `anchor_kv`, of that shape, is read by every row beside its own keys and values (x then lacks the anchor's slot: T
         here is one less)."""
         B, T, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, T * N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)   # (B, heads, TN, d)
+        q, k, v = self.qkv(x).view(B, T * N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, TN, d)
         # of row 0 alone: (2, 1, heads, N, d)
         banked = None if bank_slot is None else torch.stack([z[:1, :, bank_slot * N:(bank_slot + 1) * N] for z in (k, v)])
-        if anchor_kv is not None:                                               # (B, heads, TN + N, d); the order of keys is of no importance
+        if anchor_kv is not None:  # (B, heads, TN + N, d); the order of keys is of no importance
             k, v = (torch.cat([own, shared.expand(B, -1, -1, -1)], 2) for own, shared in zip((k, v), anchor_kv))
 
         # training on a CPU: the fused kernel's backward pass is slower there than plain products
         if q.requires_grad and q.device.type == "cpu" and q.dtype is torch.bfloat16:
-            with torch.autocast("cpu", enabled=False):                          # softmax in bfloat16
-                scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)        # (B, heads, TN, TN)
-                x = scores.softmax(-1) @ v                                      # (B, heads, TN, d)
+            with torch.autocast("cpu", enabled=False):  # softmax in bfloat16
+                scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, TN, TN)
+                x = scores.softmax(-1) @ v  # (B, heads, TN, d)
         else:
-            x = F.scaled_dot_product_attention(q, k, v)                         # (B, heads, TN, d)
+            x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, TN, d)
 
         return self.proj(x.transpose(1, 2).reshape(B, T, N, D)), banked
 
@@ -203,8 +203,8 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c).unsqueeze(2).chunk(2, -1)       # (B, T, 1, D)
-        return self.linear(modulate(x, shift, scale))                           # (B, T, N, p * p * 2C)
+        shift, scale = self.adaLN_modulation(c).unsqueeze(2).chunk(2, -1)  # (B, T, 1, D)
+        return self.linear(modulate(x, shift, scale))  # (B, T, N, p * p * 2C)
 
 
 class PatchEmbed(nn.Module):
@@ -213,9 +213,9 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, width, patch, stride=patch)
 
     def forward(self, latents):
-        B, T = latents.shape[:2]                                                # of (B, T, C, H, W)
-        x = self.proj(latents.flatten(0, 1))                                    # (BT, D, H / p, W / p)
-        return x.flatten(2).transpose(1, 2).unflatten(0, (B, T))                # (B, T, N, D)
+        B, T = latents.shape[:2]  # of (B, T, C, H, W)
+        x = self.proj(latents.flatten(0, 1))  # (BT, D, H / p, W / p)
+        return x.flatten(2).transpose(1, 2).unflatten(0, (B, T))  # (B, T, N, D)
 
 
 class TimestepEmbedder(nn.Module):
@@ -274,12 +274,12 @@ class Mapping(nn.Module):
         if scene is None:
             scene = self.null_scene[None]
         else:
-            scene = (scene - self.scene_mean) * self.scene_gain                 # (B, S)
+            scene = (scene - self.scene_mean) * self.scene_gain  # (B, S)
 
         if landmarks is None:
             landmarks = self.null_landmarks[None, None]
         else:
-            with torch.autocast(landmarks.device.type, enabled=False):          # bfloat16 would round small movements away
+            with torch.autocast(landmarks.device.type, enabled=False):  # bfloat16 would round small movements away
                 landmarks = (landmarks - self.landmark_mean).flatten(2) @ self.landmark_basis  # (B, T, LANDMARK_COMPONENTS)
 
         if drop is not None:
@@ -288,11 +288,11 @@ class Mapping(nn.Module):
 
         B, T = max(len(scene), len(landmarks)), landmarks.shape[1]
         scene, landmarks = scene[:, None].expand(B, T, -1), landmarks.expand(B, T, -1)
-        mixed = self.input(torch.cat([scene, landmarks], -1))                   # (B, T, D)
+        mixed = self.input(torch.cat([scene, landmarks], -1))  # (B, T, D)
         return self.blocks(mixed) * self.output_gain
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model
 
 def override(x, anchor):
@@ -315,7 +315,7 @@ class SDiT(nn.Module):
         self.blocks = nn.ModuleList([Block(D, config.heads) for _ in range(config.depth)])
         self.final_layer = FinalLayer(D, config.patch ** 2 * 2 * config.latent_channels)
         position = spatial_encoding(D, config.latent_size // config.patch)
-        self.register_buffer("position", position, persistent=False)                                       # (N, D)
+        self.register_buffer("position", position, persistent=False)  # (N, D)
         self.register_buffer("time_position", sinusoid(D, torch.arange(config.frames)), persistent=False)  # (T, D)
 
         # square roots of alpha_bar and 1 - alpha_bar, (2, 1000); no buffer: `to` would round it
@@ -331,13 +331,13 @@ class SDiT(nn.Module):
                 nn.init.xavier_uniform_(m.weight)
                 nn.init.zeros_(m.bias)
         w = self.x_embedder.proj.weight
-        nn.init.xavier_uniform_(w.view(w.shape[0], -1))                         # a linear layer that is written as a convolution
+        nn.init.xavier_uniform_(w.view(w.shape[0], -1))  # a linear layer that is written as a convolution
         nn.init.zeros_(self.x_embedder.proj.bias)
         for i in (0, 2):
             nn.init.normal_(self.t_embedder.mlp[i].weight, std=0.02)
         nn.init.normal_(self.mapping.null_scene, std=0.02)
         nn.init.normal_(self.mapping.null_landmarks, std=0.02)
-        for m in (*self.blocks, self.final_layer):                              # adaLN-Zero
+        for m in (*self.blocks, self.final_layer):  # adaLN-Zero
             nn.init.zeros_(m.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
@@ -346,13 +346,13 @@ class SDiT(nn.Module):
 
         The temporal encoding (paper 3.1: TPE_1 ... TPE_T) is that of the slot, added here, at the input: the paper does
         not say where, and leaves real time to the conditioning."""
-        position = self.position[None] + self.time_position[list(slots)][:, None]                  # (T, N, D)
+        position = self.position[None] + self.time_position[list(slots)][:, None]  # (T, N, D)
         return self.x_embedder(latents.to(position.dtype)) + position
 
     def unpatchify(self, x):
         """(B, T, N, p * p * 2C) -> (B, T, 2C, H, W)."""
         p, side = self.config.patch, self.config.latent_size // self.config.patch
-        x = x.unflatten(2, (side, side)).unflatten(4, (p, p, -1))               # (B, T, h, w, p, p, 2C)
+        x = x.unflatten(2, (side, side)).unflatten(4, (p, p, -1))  # (B, T, h, w, p, p, 2C)
         return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
     def predict_noise(self, output, latents, timesteps):
@@ -365,8 +365,8 @@ class SDiT(nn.Module):
 
         dtype = torch.promote_types(output.dtype, torch.float32)
         roots = self.roots.to(latents.device, dtype).index_select(1, timesteps) # (2, B)
-        signal, noise = roots.view(2, -1, 1, 1, 1, 1).unbind(0)                 # (B, 1, 1, 1, 1)
-        v, sigma = output.to(dtype).chunk(2, 2)                                 # (B, T, C, H, W)
+        signal, noise = roots.view(2, -1, 1, 1, 1, 1).unbind(0)  # (B, 1, 1, 1, 1)
+        v, sigma = output.to(dtype).chunk(2, 2)  # (B, T, C, H, W)
         return torch.cat([noise * latents.to(dtype) + signal * v, sigma], 2)
 
     def forward(self, latents, timesteps, conditioning, anchor=None):
@@ -377,11 +377,11 @@ class SDiT(nn.Module):
         embedding and after every block (Eq. 3; 3.2: "in all layers throughout the model architecture").
         Returns (B, T, 2C, H, W): the noise, then v in about -1..1, the learned sigma: trained by `train.variational_bound`
         (see `NoiseSchedule.log_variance`), read in sampling by `sample.ddpm` alone."""
-        latents = override(latents, anchor)                                     # (B, T, C, H, W)
+        latents = override(latents, anchor)  # (B, T, C, H, W)
 
         # timestep and conditioning are added, as DiT adds its class (the paper does not say how they meet)
-        c = override(self.t_embedder(timesteps)[:, None] + conditioning, anchor)       # (B, T, D)
-        x = override(self.embed(latents, range(latents.shape[1])), anchor)             # (B, T, N, D)
+        c = override(self.t_embedder(timesteps)[:, None] + conditioning, anchor)  # (B, T, D)
+        x = override(self.embed(latents, range(latents.shape[1])), anchor)  # (B, T, N, D)
         for block in self.blocks:
             x = override(block(x, c)[0], anchor)
         return self.predict_noise(self.unpatchify(self.final_layer(x, c)), latents, timesteps)
@@ -402,8 +402,8 @@ class SDiT(nn.Module):
         return self._forward_bank(latents, timesteps, conditioning, slots, None, anchor_kv)[0]
 
     def _forward_bank(self, latents, timesteps, conditioning, slots, bank_slot, anchor_kv):
-        c = self.t_embedder(timesteps)[:, None] + conditioning                  # (B, T or T - 1, D)
-        x, bank = self.embed(latents, slots), []                                # (B, T or T - 1, N, D)
+        c = self.t_embedder(timesteps)[:, None] + conditioning  # (B, T or T - 1, D)
+        x, bank = self.embed(latents, slots), []  # (B, T or T - 1, N, D)
         for i, block in enumerate(self.blocks):
             x, kv = block(x, c, bank_slot, None if anchor_kv is None else anchor_kv[i])
             bank.append(kv)
@@ -411,7 +411,7 @@ class SDiT(nn.Module):
         return output, None if bank_slot is None else torch.stack(bank)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The diffusion process
 
 class NoiseSchedule:
@@ -428,7 +428,7 @@ class NoiseSchedule:
         self.posterior_variance = self.beta * (1 - previous) / (1 - self.alpha_bar)
         self.mean_x0 = self.beta * previous.sqrt() / (1 - self.alpha_bar)
         self.mean_xt = (1 - previous) * (1 - self.beta).sqrt() / (1 - self.alpha_bar)
-        self.posterior_variance[0] = self.posterior_variance[1]                 # it is 0 at t = 0, and its logarithm is needed
+        self.posterior_variance[0] = self.posterior_variance[1]  # it is 0 at t = 0, and its logarithm is needed
         for name, value in vars(self).items():
             setattr(self, name, value.to(device))
 
@@ -451,17 +451,17 @@ class NoiseSchedule:
         return low + (v + 1) / 2 * (high - low)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The autoencoder: Stable Diffusion's AutoencoderKL (paper 3.1 and D), by hand, with the names of its published weights
 
 @dataclass
 class AutoencoderConfig:
     """The defaults are the network of sd-vae-ft-mse and sd-vae-ft-ema: 256 pixels -> 4 x 32 x 32."""
-    widths: tuple = (128, 256, 512, 512)           # one level each; every level but the last halves the picture
-    layers: int = 2                                # residual blocks a level (the decoder has one more)
+    widths: tuple = (128, 256, 512, 512)  # one level each; every level but the last halves the picture
+    layers: int = 2  # residual blocks a level (the decoder has one more)
     latent_channels: int = 4
     groups: int = 32
-    scale: float = 0.18215                         # latents are multiplied by it, so that their spread is about 1
+    scale: float = 0.18215  # latents are multiplied by it, so that their spread is about 1
 
     @property
     def factor(self):
@@ -492,7 +492,7 @@ class SpatialAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, x):
-        y = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]              # (B, 1, HW, width): a single head
+        y = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # (B, 1, HW, width): a single head
         y = self.to_out[0](F.scaled_dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y)))
         return x + y[:, 0].transpose(1, 2).view_as(x)
 
@@ -503,7 +503,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
     def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))                                # right and bottom only, as published
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, as published
 
 
 class Upsample(nn.Module):
@@ -554,9 +554,9 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(w[-1], 2 * c.latent_channels, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv_in(x)                                                     # (B, w[0], h, w)
+        x = self.conv_in(x)  # (B, w[0], h, w)
         for level in self.down_blocks:
-            x = level(x)                                                        # at last (B, w[-1], H, W)
+            x = level(x)  # at last (B, w[-1], H, W)
         return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
 
 
@@ -572,9 +572,9 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(w[-1], 3, 3, padding=1)
 
     def forward(self, x):
-        x = self.mid_block(self.conv_in(x))                                     # (B, w[0], H, W)
+        x = self.mid_block(self.conv_in(x))  # (B, w[0], H, W)
         for level in self.up_blocks:
-            x = level(x)                                                        # at last (B, w[-1], h, w)
+            x = level(x)  # at last (B, w[-1], h, w)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
@@ -607,14 +607,14 @@ class AutoencoderKL(nn.Module):
         return self.reconstruct(latents.flatten(0, -4) / self.config.scale).unflatten(0, latents.shape[:-3]).clamp(-1, 1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files
 
 def hidden(path, ending):
     """A hidden file beside `path` for work on it. No process number is in its name: what a killed
     run leaves there, the next one takes over."""
     name = os.fsencode(Path(path).name)
-    if len(name) > 200:                            # file systems end at 255 bytes
+    if len(name) > 200:  # file systems end at 255 bytes
         name = b"%08x" % zlib.crc32(name)
     return Path(path).with_name(f".{os.fsdecode(name)}{ending}")
 
@@ -645,7 +645,7 @@ def owned(path):
     except filelock.Timeout:
         owner = file.exists() and file.read_text() or "another process"
         raise UserError(f"{path} is being made by {owner}; wait for it, or name another --out") from None
-    except NotImplementedError:                    # a file system without locks
+    except NotImplementedError:  # a file system without locks
         lock = None
     try:
         file.write_text(f"process {os.getpid()}")
@@ -659,7 +659,7 @@ def owned(path):
 def write_tensors(path, tensors, config):
     """Write a safetensors file whose metadata is `config` as JSON, whole or not at all."""
     tensors = {k: v.contiguous() for k, v in tensors.items()}
-    with atomic(path) as temporary:                # not save_file: only its owner may read those
+    with atomic(path) as temporary:  # not save_file: only its owner may read those
         temporary.write_bytes(safetensors.torch.save(tensors, {"config": json.dumps(config)}))
 
 
@@ -677,9 +677,9 @@ def read_tensors(path):
         if not isinstance(config, dict):
             raise ValueError("its configuration is not one")
         return tensors, config
-    except Exception as e:                                                      # torch raises a dozen kinds for a torn file
+    except Exception as e:  # torch raises a dozen kinds for a torn file
         reason = str(e).partition("\n")[0]
-        if "weights_only" in str(e) or "Unpickl" in type(e).__name__:           # PyTorch's advice is to load it all the same
+        if "weights_only" in str(e) or "Unpickl" in type(e).__name__:  # PyTorch's advice is to load it all the same
             reason = "it holds more than tensors, or is torn"
         raise UserError(f"{path} is not a whole file of weights, or not of weights alone ({reason}); make or fetch it again") from None
 
@@ -688,7 +688,7 @@ def load_pickle(path):
     """The tensors of a checkpoint of PyTorch, and nothing else that it may hold."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            if any(part.compress_type for part in archive.infolist()):          # PyTorch never does
+            if any(part.compress_type for part in archive.infolist()):  # PyTorch never does
                 raise ValueError("it is compressed")
     tensors = torch.load(path, map_location="cpu", weights_only=True)
     tensors = tensors.get("state_dict", tensors)
@@ -721,7 +721,7 @@ def save_model(path, model, dtype=torch.float32):
 def _load(path, device, network, config_class):
     tensors, config = read_tensors(path)
     fields = {f.name for f in dataclasses.fields(config_class)}
-    if set(config) | fields & {"prediction"} != fields:                     # older files lack it
+    if set(config) | fields & {"prediction"} != fields:  # older files lack it
         raise UserError(f"{path} is not a file of the {network.__name__}: its metadata does not hold that network's configuration"
                         + "; of a training run, give model.safetensors" * (Path(path).suffix == ".pt"))
     model = build(lambda: network(check_config(config_class, config, path)), tensors, path)
@@ -780,7 +780,7 @@ def load_autoencoder(path, device="cpu"):
     if config:
         return _load(path, device, AutoencoderKL, AutoencoderConfig).to(memory_format=torch.channels_last)
     tensors = {diffusers_name(k): v for k, v in tensors.items() if not k.startswith(FOREIGN)}
-    tensors = {k: v.flatten(1) if "attentions" in k and v.dim() == 4 else v for k, v in tensors.items()}    # 1 x 1 convolutions there
+    tensors = {k: v.flatten(1) if "attentions" in k and v.dim() == 4 else v for k, v in tensors.items()}  # 1 x 1 convolutions there
     model = build(lambda: AutoencoderKL(AutoencoderConfig()), tensors, path)
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
@@ -792,7 +792,7 @@ FOREIGN = ("model.diffusion_model.", "model_ema.", "cond_stage_model.", "loss.",
 def diffusers_name(name):
     """Name in the diffusers layout, ours, of a tensor in that of the original code (kl-f8) or of diffusers before 0.15."""
     name = name.removeprefix("first_stage_model.")
-    name = re.sub(r"decoder\.up\.(\d)", lambda m: f"decoder.up_blocks.{3 - int(m[1])}", name)              # counted from the other end
+    name = re.sub(r"decoder\.up\.(\d)", lambda m: f"decoder.up_blocks.{3 - int(m[1])}", name)  # counted from the other end
     for old, new in ((r"encoder\.down\.", "encoder.down_blocks."), (r"\.block\.(\d)", r".resnets.\1"), (r"nin_shortcut", "conv_shortcut"),
                      (r"\.downsample\.", ".downsamplers.0."), (r"\.upsample\.", ".upsamplers.0."), (r"mid\.block_1", "mid_block.resnets.0"),
                      (r"mid\.block_2", "mid_block.resnets.1"), (r"mid\.attn_1\.norm", "mid_block.attentions.0.group_norm"),
@@ -840,7 +840,7 @@ def sha256(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-HOME = os.path.expanduser("~")                     # still "~" for a user without an entry in passwd
+HOME = os.path.expanduser("~")  # still "~" for a user without an entry in passwd
 DOWNLOADS = Path(tempfile.gettempdir() if HOME == "~" else HOME) / ".cache" / "anchored-diffusion"
 HUB = "https://huggingface.co"
 # Third-party weights by name: address, pinned to a revision where one is known to us, and sha256 where it is.
@@ -862,12 +862,12 @@ def fetch(name):
     if path.is_file():
         return path
     DOWNLOADS.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{path}.lock"):                                     # of several processes, one downloads
+    with filelock.FileLock(f"{path}.lock"):  # of several processes, one downloads
         if not path.is_file():
             try:
                 torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
                 safetensors.safe_open(path, "pt")
-            except (OSError, RuntimeError, safetensors.SafetensorError) as e:   # no network; another checksum; a torn file
+            except (OSError, RuntimeError, safetensors.SafetensorError) as e:  # no network; another checksum; a torn file
                 path.unlink(missing_ok=True)
                 raise UserError(f"cannot download {name} ({e}); fetch {url} by hand and put it at {path}") from None
     return path
@@ -890,7 +890,7 @@ def find_weights(name, digest, beside):
 # The command line
 
 while (_file := os.open(os.devnull, os.O_RDWR)) < 3:
-    pass                                           # stderr is closed: no other file may get its number
+    pass  # stderr is closed: no other file may get its number
 os.close(_file)
 for _name in ("stdout", "stderr"):
     if getattr(sys, _name) is None:
@@ -926,7 +926,7 @@ def number(kind, low, high=math.inf):
             end = "" if high == math.inf else f", up to {high}"
             raise argparse.ArgumentTypeError(f"{text} is not a number of {low} or more{end}")
         return value
-    parse.__name__ = kind.__name__                 # argparse says "invalid int value"
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
 
 
@@ -940,7 +940,7 @@ def end_with_parent(*_):
 
 
 def interrupt(number, _):
-    if SAID and SAID.exists():                     # this rank only follows
+    if SAID and SAID.exists():  # this rank only follows
         with contextlib.suppress(RuntimeError, OSError):
             sys.stdout.flush()
         os._exit(2)
@@ -954,7 +954,7 @@ def run_main(main):
     if launcher():
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: do not outlive it
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):         # terminals in ASCII, names that are not UTF-8
+        if hasattr(stream, "reconfigure"):  # terminals in ASCII, names that are not UTF-8
             stream.reconfigure(errors="backslashreplace")
     code = 2
     try:
@@ -965,11 +965,11 @@ def run_main(main):
     except KeyboardInterrupt as e:
         code = 128 + (e.args[0] if e.args else signal.SIGINT)
         text = "stopped; the same command goes on from what is finished"
-    except BrokenPipeError:                        # `| head`
+    except BrokenPipeError:  # `| head`
         text = ""
     except Exception as e:
         text = f"error: {explain(e)}"
-    finally:                                       # worker processes would keep this one from ending
+    finally:  # worker processes would keep this one from ending
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         for child in multiprocessing.active_children():
@@ -982,7 +982,7 @@ def explain(e):
     if isinstance(e, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(e):
         return "out of memory; give smaller sizes or numbers, or use a machine that has more"
     if not isinstance(e, OSError | safetensors.SafetensorError):
-        if SAID and SAID.exists():                 # another rank went, and a broadcast with it
+        if SAID and SAID.exists():  # another rank went, and a broadcast with it
             sys.exit(2)
         raise e
     full = getattr(e, "errno", 0) == errno.ENOSPC or "os error 28" in str(e).lower()
@@ -1019,7 +1019,7 @@ def leave(code, text):
             SAID.touch(exist_ok=False)
     except FileExistsError:
         sys.exit(code)
-    except OSError:                                # the launcher has tidied up
+    except OSError:  # the launcher has tidied up
         pass
     if text:
         print(text, file=sys.stderr, flush=True)

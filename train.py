@@ -33,7 +33,7 @@ import sample
 import sdit
 from sdit import NoiseSchedule, UserError
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The loss
 
 
@@ -71,10 +71,10 @@ def diffusion_loss(model, schedule, batch, t, noise, drop, lambda_ex=1.0):
     x0 = batch["latents"]
     xt = schedule.add_noise(x0, noise, t)
     output = model(xt, t, model.mapping(batch["scene"], batch["landmarks"], drop)).float()
-    predicted, v = output.chunk(2, dim=2)                                        # (B, T, C, H, W) each
+    predicted, v = output.chunk(2, dim=2)  # (B, T, C, H, W) each
 
-    weight = expressive_weight(batch["mask"], lambda_ex)                        # (B, T, 1, H, W)
-    error = (weight * (predicted - noise) ** 2).flatten(1).mean(1)              # (B,)
+    weight = expressive_weight(batch["mask"], lambda_ex)  # (B, T, 1, H, W)
+    error = (weight * (predicted - noise) ** 2).flatten(1).mean(1)  # (B,)
     if model.config.prediction == "v":
         # epsilon's error is sqrt(alpha_bar) times v's: this is the squared error of v
         error = error / schedule.at(schedule.alpha_bar, t, error)
@@ -102,7 +102,7 @@ def draw(seed, step, shape, p_drop):
     return t, torch.randn(shape, generator=g), torch.rand(shape[0], generator=g) < p_drop
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # States on disk
 
 # What a run is, with the model's configuration; a state of another recipe, or of a cache with another mean scene, is refused. The other
@@ -116,15 +116,15 @@ def save_state(out, step, model, ema, optimizer, recipe):
     state = dict(step=step, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
                  recipe=dataclasses.asdict(model.config) | recipe)
     tensors = [*model.state_dict().values(), *ema.state_dict().values(), *(v for one in optimizer.state.values() for v in one.values())]
-    if not all((v.abs() < 1e10).all() for v in model.parameters()):             # nor nan
+    if not all((v.abs() < 1e10).all() for v in model.parameters()):  # nor nan
         raise UserError(f"the weights have no sensible size after step {step}; {NOTHING_SAVED}")
-    data.enough_disk(out, sum(v.nbytes for v in tensors))                       # PyTorch aborts where a disk gets full
-    sdit.save_model(out / "model.safetensors", ema)                             # before the state: a run whose last state is there counts as finished
+    data.enough_disk(out, sum(v.nbytes for v in tensors))  # PyTorch aborts where a disk gets full
+    sdit.save_model(out / "model.safetensors", ema)  # before the state: a run whose last state is there counts as finished
     with sdit.atomic(out / f"state-{step:08d}.pt") as temporary:
         torch.save(state, temporary)
     for old in states(out)[:-2]:
         old.unlink()
-    for left in out.glob(".state-*.tmp.pt"):                                    # of killed runs
+    for left in out.glob(".state-*.tmp.pt"):  # of killed runs
         left.unlink()
 
 
@@ -142,7 +142,7 @@ def newest_state(out):
             if set(state) != {"step", "model", "ema", "optimizer", "recipe"}:
                 raise ValueError("it is not a state")
             return path, state
-        except Exception as e:                                                  # torch raises a dozen kinds for a damaged file
+        except Exception as e:  # torch raises a dozen kinds for a damaged file
             print(f"{path} is damaged: it does not load ({type(e).__name__}); taking the one before", file=sys.stderr)
     if paths:
         raise UserError(f"every state in {out} is damaged; remove them to start again")
@@ -158,7 +158,7 @@ def load_state(out, model, ema, optimizer, recipe):
     saved = state["recipe"]
     changed = [f"{k} ({saved.get(k)}, now {v})" for k, v in recipe.items() if k != "scene_mean" and v != saved.get(k)]
     means = [recipe["scene_mean"], saved["scene_mean"]]
-    if len(means[0]) != len(means[1]) or not np.allclose(*means, atol=1e-4):    # not to the bit: another processor rounds differently
+    if len(means[0]) != len(means[1]) or not np.allclose(*means, atol=1e-4):  # not to the bit: another processor rounds differently
         changed.append("data")
     if changed:
         raise UserError(f"{path} was trained with another {' and '.join(changed)}; give the same settings, or go on from its weights: "
@@ -169,7 +169,7 @@ def load_state(out, model, ema, optimizer, recipe):
     return state["step"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Speed
 
 # Dense bf16 TFLOP/s of the data sheets (SXM modules); what a share of "the device's peak" means by convention.
@@ -195,7 +195,7 @@ def device_peak(device, dtype):
     a, seconds = torch.ones(n, n, device=device, dtype=dtype), []
     for _ in range(7):
         began = time.perf_counter()
-        float((a @ a)[0, 0])                                                    # waits for the result
+        float((a @ a)[0, 0])  # waits for the result
         seconds.append(time.perf_counter() - began)
     return 2 * n ** 3 / statistics.median(seconds) / 1e12
 
@@ -204,8 +204,8 @@ class Meter:
     """Gathers what the log line says on the device; only `read`, at a log line, waits for it and for the other processes."""
 
     def __init__(self, device):
-        self.sums = torch.zeros(4, 3, dtype=torch.float64, device=device)       # by quarter of t: error, bound, rows
-        self.bad = torch.full((), torch.inf, device=device)                     # first step whose loss was not finite
+        self.sums = torch.zeros(4, 3, dtype=torch.float64, device=device)  # by quarter of t: error, bound, rows
+        self.bad = torch.full((), torch.inf, device=device)  # first step whose loss was not finite
 
     def add(self, step, t, error, bound):
         self.sums.index_add_(0, t * 4 // NoiseSchedule.steps, torch.stack([error, bound, torch.ones_like(error)], 1).detach().double())
@@ -226,7 +226,7 @@ class Meter:
         return error / rows, bound / rows, quarters, None if bad == -math.inf else int(-bad), bool(stopping)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The loop
 
 def join():
@@ -293,10 +293,10 @@ class Preview:
     @torch.no_grad()
     def __call__(self, model, path):
         conditioning = model.mapping(self.batch["scene"], self.batch["landmarks"])
-        made = sample.sample_plain(model, self.noise, None, [conditioning], sample.Settings(20, "ddim"), None)    # (rows, T, C, H, W)
+        made = sample.sample_plain(model, self.noise, None, [conditioning], sample.Settings(20, "ddim"), None)  # (rows, T, C, H, W)
         strips = [data.to_images(self.autoencoder.decode(z)) for z in (self.batch["latents"], made)]
-        picture = np.stack(strips, 1).swapaxes(2, 3)                            # (rows, 2, h, T, w, 3)
-        picture = picture.reshape(-1, *picture.shape[2:])                       # (2 rows, h, T, w, 3)
+        picture = np.stack(strips, 1).swapaxes(2, 3)  # (rows, 2, h, T, w, 3)
+        picture = picture.reshape(-1, *picture.shape[2:])  # (2 rows, h, T, w, 3)
         with sdit.atomic(path) as temporary:
             Image.fromarray(picture.reshape(picture.shape[0] * picture.shape[1], -1, 3)).save(temporary)
 
@@ -354,7 +354,7 @@ def next_rows(loader):
     """The next batch; UserError where the system killed a process that loads rows."""
     try:
         return next(loader)
-    except UserError as e:                                                      # of the other process, with its traceback
+    except UserError as e:  # of the other process, with its traceback
         raise UserError(str(e).strip().splitlines()[-1].removeprefix("sdit.UserError: ")) from None
     except RuntimeError as e:
         if "DataLoader worker" not in str(e) or "Traceback" in str(e):
@@ -393,7 +393,7 @@ def train(a, rows):
         sdit.init_weights(model, a.init)
     model.to(device)
     if world > 1:
-        for buffer in model.buffers():                                          # another processor may turn the components around
+        for buffer in model.buffers():  # another processor may turn the components around
             dist.broadcast(buffer, 0)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = build_optimizer(model, a.lr, a.mapping_lr, a.weight_decay)
@@ -405,7 +405,7 @@ def train(a, rows):
     peak, flops = device_peak(device, dtype), row_flops(model.config)
     preview = build_preview(a, model.config, rows.folder / "index.json", device) if a.preview and rank == 0 else None
     if a.compile:
-        for block in model.blocks:                                              # one compilation serves all blocks
+        for block in model.blocks:  # one compilation serves all blocks
             block.compile()
     objective = Objective(model, NoiseSchedule(device), a.lambda_ex)
     if world > 1:
@@ -414,7 +414,7 @@ def train(a, rows):
         mapping, count = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.mapping, model))
         print(f"{a.size}, {a.frames} frames: {count:.1f} M parameters ({mapping:.1f} M of them mapping); {len(rows)} clips; {world} x {device.type}, "
               f"{a.precision}, peak {peak:.3g} TFLOP/s; from step {start}")
-    stop = []                                                                   # filled by Ctrl-C and SIGTERM
+    stop = []  # filled by Ctrl-C and SIGTERM
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stop.append(signal.Signals(number).name))
     workers = a.workers if a.workers is not None else 4 * (device.type == "cuda")
@@ -438,10 +438,10 @@ def train(a, rows):
                 ((error + bound).mean() / a.accumulate).backward()
             meter.add(step + 1, t, error, bound)
         logging, saving = (step + 1) % a.log_every == 0, (step + 1) % a.save == 0 or step + 1 == a.steps
-        asking = logging or saving or (stop if world == 1 else (step + 1) % 10 == 0)        # several processes agree on stopping every ten steps
+        asking = logging or saving or (stop if world == 1 else (step + 1) % 10 == 0)  # several processes agree on stopping every ten steps
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item() if asking else None
         optimizer.step()
-        decay = min(a.ema, (1 + step) / (10 + step))                             # follows closely at first
+        decay = min(a.ema, (1 + step) / (10 + step))  # follows closely at first
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
         if preview and (step + 1) % a.preview == 0:
@@ -465,7 +465,7 @@ def train(a, rows):
                 print(f"stopped by {(stop or ['another process'])[0]}; saved after step {step + 1}; the same command goes on")
             break
     if world > 1:
-        dist.barrier()                                                          # rank 0 may still be writing
+        dist.barrier()  # rank 0 may still be writing
         dist.destroy_process_group()
 
 
