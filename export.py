@@ -378,15 +378,16 @@ def run_plan(context, stream, config, form, branches, dtype, inputs):
     inputs = {k: v.to(dtype if v.is_floating_point() else torch.int64).contiguous() for k, v in inputs.items() if k in names}
     device, rows = inputs["latents"].device, len(inputs["latents"])
     outputs = {k: torch.empty(s, dtype=dtype, device=device) for k, s in output_shapes(config, form, rows, branches).items()}
-    for name, v in inputs.items():
-        if not context.set_input_shape(name, tuple(v.shape)):
-            raise UserError(f"this engine was not built for {rows} rows; export it with --rows {rows} {rows}")
-    for name, v in (inputs | outputs).items():
-        context.set_tensor_address(name, v.data_ptr())
-    stream.wait_stream(torch.cuda.current_stream(device))
-    if context.infer_shapes() or not context.execute_async_v3(stream.cuda_stream):
-        raise UserError("TensorRT did not run; its message is above")
-    torch.cuda.current_stream(device).wait_stream(stream)
+    with torch.cuda.device(device):  # TensorRT runs on the current one
+        for name, v in inputs.items():
+            if not context.set_input_shape(name, tuple(v.shape)):
+                raise UserError(f"this engine was not built for {rows} rows; export it with --rows {rows} {rows}")
+        for name, v in (inputs | outputs).items():
+            context.set_tensor_address(name, v.data_ptr())
+        stream.wait_stream(torch.cuda.current_stream(device))
+        if context.infer_shapes() or not context.execute_async_v3(stream.cuda_stream):
+            raise UserError("TensorRT did not run; its message is above")
+        torch.cuda.current_stream(device).wait_stream(stream)
     for v in (inputs | outputs).values():
         v.record_stream(stream)
     return tuple(outputs.values())
@@ -416,8 +417,10 @@ class Engine:
     def _run(self, runner, x, t, conditions, anchor, guidance, **rest):
         filled = [*conditions, *conditions[:1]][:self.branches]  # an engine for guidance, asked for none: both branches are the same
         c = torch.stack(filled, 1)  # (B, G, T, D)
-        scalars = dict(anchor=torch.tensor(anchor, device=x.device), guidance=torch.tensor(guidance, device=x.device))
-        return runner(dict(latents=x, timesteps=torch.full((len(x),), t, device=x.device), conditioning=c, **scalars, **rest))
+        scalars = dict(anchor=anchor, guidance=float(guidance))
+        scalars = {name: torch.full((), value, device=x.device) for name, value in scalars.items()}
+        timesteps = torch.full((len(x),), t, device=x.device)
+        return runner(dict(latents=x, timesteps=timesteps, conditioning=c, **scalars, **rest))
 
     def first(self, x, t, conditions, anchor, guidance):
         """Row 0, x (1, T, C, H, W), `conditions` (1, T, D) of one branch or two -> (guided output (1, T, 2C, H, W), anchor_kv)."""
@@ -733,7 +736,7 @@ def arguments():
     ap.add_argument("--frames", type=sdit.number(int, 2, 10_000), default=8, help="frames a row, with --size")
     ap.add_argument("--out", type=Path, default=Path("export"), help="folder that the export's own folder goes into")
     ap.add_argument("--form", choices=["packed", "override"], default="packed", help="packed: fast, any length; override: the paper's rule as written")
-    ap.add_argument("--precision", choices=list(PRECISIONS), help="default: bf16 for TensorRT, else fp32")
+    ap.add_argument("--precision", choices=list(PRECISIONS), help="default: bf16 for TensorRT and for --bench on a GPU, else fp32")
     ap.add_argument("--branches", type=int, choices=[1, 2], default=2, help="2: with classifier-free guidance inside; 1: without, half the work")
     ap.add_argument("--rows", type=sdit.number(int, 1, 10_000), nargs=2, default=[4, 8], metavar=("TYPICAL", "MOST"),
                     help="rows at once of a TensorRT engine; --bench takes the typical number")
@@ -761,7 +764,8 @@ def main():
             a.precision = precision or ("bf16" if kind == "trt" else "fp32")
             export(model, digest, kind, a, device)
     if a.bench:
-        a.precision = precision or "fp32"
+        half = device.type == "cuda" and sdit.has_bf16("cuda")
+        a.precision = precision or ("bf16" if half else "fp32")
         bench(model, a, device)
 
 

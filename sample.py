@@ -18,6 +18,7 @@ import json
 import math
 import os
 import sys
+import threading
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import data
@@ -178,8 +180,12 @@ def denoise(settings, x, frames, evaluate, progress, anchor=None):
     alpha_bar, state, (update, stochastic) = NoiseSchedule().alpha_bar, None, settings.sampler_step()
     x = sdit.override(x, anchor)
     for i, (t, after) in enumerate(settings.timesteps()):
-        z = frame_noise(settings.seed, frames, x.shape[-3:], i + 1).to(x) if stochastic and after >= 0 else None
-        x, state = update(x, evaluate(i, x, t), alpha_bar[t].item(), alpha_bar[after].item() if after >= 0 else 1.0, z, state)
+        a, b = alpha_bar[t].item(), alpha_bar[after].item() if after >= 0 else 1.0
+        z = None
+        if stochastic and after >= 0:
+            z = frame_noise(settings.seed, frames, x.shape[-3:], i + 1)
+            z = sdit.send(z.to(x.dtype), x.device)
+        x, state = update(x, evaluate(i, x, t), a, b, z, state)
         x = sdit.override(x, anchor)
         progress()
     return x
@@ -204,6 +210,49 @@ def run_model(function, x, t, c, *rest):
     return (output[0].to(x.dtype), output[1]) if isinstance(output, tuple) else output.to(x.dtype)
 
 
+class Captured:
+    """An SDiT on a GPU whose `forward_first` and `forward_rest` are recorded as CUDA graphs, once for
+    every shape of rows: an evaluation is then one launch in place of hundreds. The same kernels
+    compute the same bits. One of these serves one thread; what it returns is the caller's."""
+
+    recording = threading.Lock()  # CUDA records for one thread at a time
+
+    def __init__(self, model):
+        self.model, self.config, self.graphs = model, model.config, {}
+
+    def forward_first(self, *given):
+        return self._run(self.model.forward_first, given)
+
+    def forward_rest(self, *given):
+        return self._run(self.model.forward_rest, given)
+
+    def _run(self, function, given):
+        """Numbers among `given`, the anchor's slot, are recorded as they are."""
+        key = function.__name__, *(x.shape if isinstance(x, torch.Tensor) else x for x in given)
+        if key not in self.graphs:
+            self.graphs[key] = self._record(function, given)
+        graph, inputs, outputs = self.graphs[key]
+        for kept, x in zip(inputs, given):
+            if isinstance(x, torch.Tensor):
+                kept.copy_(x)
+        graph.replay()
+        return tree_map(torch.clone, outputs)
+
+    def _record(self, function, given):
+        """(graph, the tensors that it reads, the tensors that it writes)."""
+        inputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in given]
+        graph = torch.cuda.CUDAGraph()
+        with self.recording, torch.cuda.device(given[0].device):
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # the libraries choose their kernels
+                function(*inputs)
+            torch.cuda.current_stream().wait_stream(aside)
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                outputs = function(*inputs)
+        return graph, inputs, outputs
+
+
 @torch.no_grad()
 def sample_plain(model, x, frames, conditions, settings, anchor, progress=lambda: None):
     """The paper's rule: all rows x (B, T, C, H, W) in one batch, the anchor overridden at the start, in every layer (`SDiT.forward`) and
@@ -223,7 +272,7 @@ def sample_first(model, x, frames, conditions, settings, anchor, progress=lambda
     bank = []
 
     def evaluate(i, x, t):
-        if not isinstance(model, sdit.SDiT):
+        if hasattr(model, "first"):  # an engine
             output, anchor_kv = model.first(x, t, conditions, anchor, settings.guidance)
         else:
             outputs, anchor_kv = zip(*(run_model(model.forward_first, x, t, c, anchor) for c in conditions))
@@ -238,7 +287,7 @@ def sample_rest(model, x, frames, conditions, settings, anchor, bank, progress=l
     """Any rows but row 0, without their anchor slots, x (B, T - 1, C, H, W); in any batch and order, with the same result as
     `sample_plain`. The latents are one for both branches; each reads the keys and values that it computed itself for the anchor."""
     def evaluate(i, x, t):
-        if not isinstance(model, sdit.SDiT):
+        if hasattr(model, "rest"):
             return model.rest(x, t, conditions, anchor, settings.guidance, bank[i])
         return guided([run_model(model.forward_rest, x, t, c, anchor, kv) for c, kv in zip(conditions, bank[i])], settings.guidance)
     return denoise(settings, x, frames, evaluate, progress)
@@ -248,8 +297,9 @@ def sample_rest(model, x, frames, conditions, settings, anchor, bank, progress=l
 def sample_multidiffusion(model, x, conditions, settings, chunk, progress=lambda: None):
     """MultiDiffusion (Bar-Tal et al. 2023), to compare with: x (M, C, H, W), the whole video; what the windows that hold a frame predict for
     it is averaged, every step. conditions (M, D)."""
-    windows = torch.from_numpy(plan_windows(len(x), model.config.frames)).to(x.device)  # (windows, T)
+    windows = torch.from_numpy(plan_windows(len(x), model.config.frames))  # (windows, T)
     counts = torch.bincount(windows.flatten(), minlength=len(x)).view(-1, 1, 1, 1)
+    windows, counts = sdit.send(windows, x.device), sdit.send(counts, x.device)
 
     def evaluate(i, x, t):
         total = x.new_zeros(len(x), 2 * x.shape[1], *x.shape[2:])
@@ -297,8 +347,10 @@ def sample_some(model, rows, numbers, conditions, settings, bar):
     def inputs(chunk, slots):
         """(noise, frames, conditions); latents are at least in float32 on the way, whatever the model's precision."""
         frames = rows[chunk][:, slots]
-        x = frame_noise(settings.seed, frames, shape).to(device, torch.promote_types(conditions[0].dtype, torch.float32))
-        return x, frames, [condition[torch.from_numpy(frames).to(device)] for condition in conditions]
+        dtype = torch.promote_types(conditions[0].dtype, torch.float32)
+        x = sdit.send(frame_noise(settings.seed, frames, shape).to(dtype), device)
+        places = sdit.send(torch.from_numpy(frames), device)
+        return x, frames, [condition[places] for condition in conditions]
 
     def chunks(numbers):
         for i in range(0, len(numbers), size):
@@ -311,6 +363,8 @@ def sample_some(model, rows, numbers, conditions, settings, bar):
         for chunk, progress in chunks(numbers):
             yield chunk, every, sample_plain(model, *inputs(chunk, every), settings, None, progress)
     else:
+        if device.type == "cuda" and isinstance(model, sdit.SDiT):
+            model = Captured(model)
         # the bank is not kept on disk: every process, and a continued run, samples row 0 for itself
         bar.total += settings.steps * (0 not in numbers)
         x, bank = sample_first(model, *inputs([0], every), settings, anchor, bar.update)
@@ -456,14 +510,17 @@ def load_models(path=DEMO / "sdit.safetensors", device=None, engine=None):
     is in bfloat16 on a GPU, but for the mapping network: landmarks rounded to it would move in steps of a pixel. (An engine has a precision of
     its own.)"""
     device = sdit.get_device(device)
-    model = sdit.load_model(path, device)
+    model = sdit.load_model(path)
     config = model.config
     if engine:
         from export import load_engine
         engine = load_engine(engine, sdit.sha256(path), device)
-    if device.type == "cuda" and sdit.has_bf16("cuda") and not engine:
-        mapping, model.mapping = model.mapping, None  # out of the way of `to`, then back
-        model.to(torch.bfloat16).mapping = mapping
+        model.mapping.to(device)  # nothing else of it runs
+    else:
+        if device.type == "cuda" and sdit.has_bf16("cuda"):
+            mapping, model.mapping = model.mapping, None  # out of the way of `to`, then back
+            model.to(torch.bfloat16).mapping = mapping
+        model.to(device)
     return Models(model, sdit.load_autoencoder(sdit.find_weights(config.autoencoder, config.autoencoder_sha256, path), device),
                   data.SceneEncoder(sdit.find_weights(config.clip, config.clip_sha256, path), device), data.FaceLandmarker(), sdit.sha256(path), device, engine)
 

@@ -151,7 +151,11 @@ class Attention(nn.Module):
         is named. `anchor_kv`, of that shape, is read by every row beside its own keys and values (x then lacks the anchor's slot: T
         here is one less)."""
         B, T, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, T * N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, TN, d)
+
+        # unbound here, before the transpose: the backward pass then writes the gradient of qkv once
+        parts = self.qkv(x).view(B, T * N, 3, self.heads, D // self.heads).unbind(2)
+        q, k, v = (z.transpose(1, 2) for z in parts)  # (B, heads, TN, d)
+
         # of row 0 alone: (2, 1, heads, N, d)
         banked = None if bank_slot is None else torch.stack([z[:1, :, bank_slot * N:(bank_slot + 1) * N] for z in (k, v)])
         if anchor_kv is not None:  # (B, heads, TN + N, d); the order of keys is of no importance
@@ -318,10 +322,14 @@ class SDiT(nn.Module):
         self.register_buffer("position", position, persistent=False)  # (N, D)
         self.register_buffer("time_position", sinusoid(D, torch.arange(config.frames)), persistent=False)  # (T, D)
 
-        # square roots of alpha_bar and 1 - alpha_bar, (2, 1000); no buffer: `to` would round it
-        alpha_bar = NoiseSchedule().alpha_bar
-        self.roots = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()])
+        self.roots = NoiseSchedule(position.device).roots  # no buffer: `to` would round it
         self.initialise()
+
+    def _apply(self, *given):
+        """Of `to`: the schedule follows to the device, in a precision of its own."""
+        super()._apply(*given)
+        self.roots = NoiseSchedule(self.position.device).roots
+        return self
 
     def initialise(self):
         """All initialisation, in forward order. Paper D: "standard weight initialization techniques from ViT"; read as
@@ -341,12 +349,12 @@ class SDiT(nn.Module):
             nn.init.zeros_(m.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    def embed(self, latents, slots):
-        """Tokens (B, T, N, D) of latents (B, T, C, H, W) whose frames sit in `slots`, T numbers.
+    def embed(self, latents, time_position):
+        """Tokens (B, T, N, D) of latents (B, T, C, H, W), in slots encoded by time_position (T, D).
 
-        The temporal encoding (paper 3.1: TPE_1 ... TPE_T) is that of the slot, added here, at the input: the paper does
-        not say where, and leaves real time to the conditioning."""
-        position = self.position[None] + self.time_position[list(slots)][:, None]  # (T, N, D)
+        The temporal encoding (paper 3.1: TPE_1 ... TPE_T) is that of the slot, added here, at the
+        input: the paper does not say where, and leaves real time to the conditioning."""
+        position = self.position + time_position[:, None]  # (T, N, D)
         return self.x_embedder(latents.to(position.dtype)) + position
 
     def unpatchify(self, x):
@@ -381,7 +389,8 @@ class SDiT(nn.Module):
 
         # timestep and conditioning are added, as DiT adds its class (the paper does not say how they meet)
         c = override(self.t_embedder(timesteps)[:, None] + conditioning, anchor)  # (B, T, D)
-        x = override(self.embed(latents, range(latents.shape[1])), anchor)  # (B, T, N, D)
+        time_position = self.time_position[:latents.shape[1]]  # (T, D)
+        x = override(self.embed(latents, time_position), anchor)  # (B, T, N, D)
         for block in self.blocks:
             x = override(block(x, c)[0], anchor)
         return self.predict_noise(self.unpatchify(self.final_layer(x, c)), latents, timesteps)
@@ -391,19 +400,21 @@ class SDiT(nn.Module):
 
         Returns the output (1, T, 2C, H, W) and the keys and values of the anchor in every block,
         (depth, 2, 1, heads, N, D / heads): one step of the anchor bank."""
-        return self._forward_bank(latents, timesteps, conditioning, range(latents.shape[1]), anchor, None)
+        time_position = self.time_position[:latents.shape[1]]  # (T, D)
+        return self._forward_bank(latents, timesteps, conditioning, time_position, anchor, None)
 
     def forward_rest(self, latents, timesteps, conditioning, anchor, anchor_kv):
         """`forward` of rows 1.. without their anchor slots: latents (B, T - 1, C, H, W) -> (B, T - 1, 2C, H, W).
 
         The same function as `forward` with `anchor`: what rows 1.. compute for their anchor is thrown away in every
         layer, so they need only read its keys and values, `anchor_kv` from `forward_first` at the same timestep."""
-        slots = [s for s in range(latents.shape[1] + 1) if s != anchor]
-        return self._forward_bank(latents, timesteps, conditioning, slots, None, anchor_kv)[0]
+        before, after = self.time_position[:anchor], self.time_position[anchor + 1:latents.shape[1] + 1]
+        time_position = torch.cat([before, after])  # (T - 1, D)
+        return self._forward_bank(latents, timesteps, conditioning, time_position, None, anchor_kv)[0]
 
-    def _forward_bank(self, latents, timesteps, conditioning, slots, bank_slot, anchor_kv):
+    def _forward_bank(self, latents, timesteps, conditioning, time_position, bank_slot, anchor_kv):
         c = self.t_embedder(timesteps)[:, None] + conditioning  # (B, T or T - 1, D)
-        x, bank = self.embed(latents, slots), []  # (B, T or T - 1, N, D)
+        x, bank = self.embed(latents, time_position), []  # (B, T or T - 1, N, D)
         for i, block in enumerate(self.blocks):
             x, kv = block(x, c, bank_slot, None if anchor_kv is None else anchor_kv[i])
             bank.append(kv)
@@ -415,22 +426,28 @@ class SDiT(nn.Module):
 # The diffusion process
 
 class NoiseSchedule:
-    """DiT's process (paper D: "We retain diffusion hyperparameters from DiT, including t_max = 1000 and a learned sigma
-    routine"): beta from 1e-4 to 0.02, linear. All attributes are float64 tensors (1000,)."""
+    """DiT's process (paper D: "We retain diffusion hyperparameters from DiT, including t_max = 1000
+    and a learned sigma routine"): beta from 1e-4 to 0.02, linear. All attributes are tensors
+    (.., 1000): float64, and float32 on a GPU, which is slow at float64."""
 
     steps = 1000
 
     def __init__(self, device="cpu"):
-        self.beta = torch.linspace(1e-4, 0.02, self.steps, dtype=torch.float64, device="cpu")
-        self.alpha_bar = torch.cumprod(1 - self.beta, 0)
-        previous = torch.cat([self.alpha_bar.new_ones(1), self.alpha_bar[:-1]])
-        # q(x_{t-1} | x_t, x_0) = N(mean_x0 * x_0 + mean_xt * x_t, posterior_variance): DDPM, Eq. 6 and 7
-        self.posterior_variance = self.beta * (1 - previous) / (1 - self.alpha_bar)
-        self.mean_x0 = self.beta * previous.sqrt() / (1 - self.alpha_bar)
-        self.mean_xt = (1 - previous) * (1 - self.beta).sqrt() / (1 - self.alpha_bar)
-        self.posterior_variance[0] = self.posterior_variance[1]  # it is 0 at t = 0, and its logarithm is needed
+        beta = torch.linspace(1e-4, 0.02, self.steps, dtype=torch.float64, device="cpu")
+        alpha_bar = torch.cumprod(1 - beta, 0)
+        previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+        self.beta, self.alpha_bar = beta, alpha_bar
+        self.roots = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()])  # of signal and noise
+
+        # q(x_{t-1} | x_t, x_0) = N(mean_x0 * x_0 + mean_xt * x_t, posterior_variance): DDPM, Eq. 6, 7
+        self.posterior_variance = beta * (1 - previous) / (1 - alpha_bar)
+        self.posterior_variance[0] = self.posterior_variance[1]  # 0 there has no logarithm
+        self.mean_x0 = beta * previous.sqrt() / (1 - alpha_bar)
+        self.mean_xt = (1 - previous) * (1 - beta).sqrt() / (1 - alpha_bar)
+
+        dtype = torch.float32 if torch.device(device).type == "cuda" else torch.float64
         for name, value in vars(self).items():
-            setattr(self, name, value.to(device))
+            setattr(self, name, value.to(device, dtype))
 
     def at(self, values, t, like):
         """values (1000,) at timesteps t (B,), shaped to multiply `like` (B, ...)."""
@@ -438,11 +455,13 @@ class NoiseSchedule:
 
     def add_noise(self, x0, noise, t):
         """x_t of clean latents x0 (B, ...) at timesteps t (B,)."""
-        return self.at(self.alpha_bar.sqrt(), t, x0) * x0 + self.at((1 - self.alpha_bar).sqrt(), t, x0) * noise
+        signal, sigma = (self.at(root, t, x0) for root in self.roots)
+        return signal * x0 + sigma * noise
 
     def predict_x0(self, xt, noise, t):
         """The clean latents that x_t and its noise imply."""
-        return (xt - self.at((1 - self.alpha_bar).sqrt(), t, xt) * noise) / self.at(self.alpha_bar.sqrt(), t, xt)
+        signal, sigma = (self.at(root, t, xt) for root in self.roots)
+        return (xt - sigma * noise) / signal
 
     def log_variance(self, v, t):
         """Learned sigma: v in -1..1 interpolates between the logarithms of the posterior variance and of beta
@@ -821,6 +840,11 @@ def init_weights(model, path):
         if config and config.get(f"{part}_sha256") != getattr(model.config, f"{part}_sha256"):
             print(f"note: {path} was trained with another {part} ({config.get(part)}) than this cache was made with ({getattr(model.config, part)})")
     fill(model, tensors, path)
+
+
+def send(x, device):
+    """x on the device. To a GPU it goes from pinned memory, so that the host need not wait."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def get_device(name=None):

@@ -4,8 +4,10 @@ holds what they made.
     python train.py --size demo --frames 4 --data cache --steps 16000 --batch 4 --lr 8e-4      # a laptop, at 64 pixels
     torchrun --nproc_per_node=4 train.py                           # the paper's XL/2, T = 8, batch 16, from ./cache
 
-The same command again goes on from the newest state in --out, on any number of processes. SIGTERM saves and leaves.
+The same command again goes on from the newest state in --out, on any number of processes.
+SIGTERM saves and leaves.
 """
+import argparse
 import contextlib
 import copy
 import dataclasses
@@ -16,7 +18,9 @@ import re
 import signal
 import statistics
 import sys
+import threading
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +29,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -111,21 +116,78 @@ RECIPE = ("steps", "batch", "lr", "mapping_lr", "warmup", "weight_decay", "lambd
           "ema", "precision", "seed")
 
 
-def save_state(out, step, model, ema, optimizer, recipe):
-    """RUN/state-STEP.pt (the last two are kept) and RUN/model.safetensors, the EMA weights. Names appear when files are whole."""
-    state = dict(step=step, model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                 recipe=dataclasses.asdict(model.config) | recipe)
-    tensors = [*model.state_dict().values(), *ema.state_dict().values(), *(v for one in optimizer.state.values() for v in one.values())]
-    if not all((v.abs() < 1e10).all() for v in model.parameters()):  # nor nan
-        raise UserError(f"the weights have no sensible size after step {step}; {NOTHING_SAVED}")
-    data.enough_disk(out, sum(v.nbytes for v in tensors))  # PyTorch aborts where a disk gets full
-    sdit.save_model(out / "model.safetensors", ema)  # before the state: a run whose last state is there counts as finished
-    with sdit.atomic(out / f"state-{step:08d}.pt") as temporary:
-        torch.save(state, temporary)
-    for old in states(out)[:-2]:
-        old.unlink()
-    for left in out.glob(".state-*.tmp.pt"):  # of killed runs
-        left.unlink()
+class Saver:
+    """Writes the states of a run in a thread: RUN/model.safetensors, the EMA weights, and
+    RUN/state-STEP.pt, the last two of which are kept. A step waits only for the copy to host
+    memory; a second save waits for the first. Used as a context, it ends when all is written."""
+
+    def __init__(self, out):
+        self.out, self.thread, self.error, self.host = out, None, None, []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if self.busy:
+            self.thread.join()
+        if kind is None:
+            self.check()
+
+    @property
+    def busy(self):
+        return self.thread is not None and self.thread.is_alive()
+
+    def check(self):
+        """Raise what went wrong in the thread."""
+        if self.error:
+            raise self.error
+
+    def save(self, step, model, ema, optimizer, recipe):
+        if self.busy:
+            self.thread.join()
+        self.check()
+
+        largest = torch.stack(torch._foreach_norm(list(model.parameters()), math.inf)).max()
+        if not largest < 1e10:  # nor nan
+            raise UserError(f"the weights have no sensible size after step {step}; {NOTHING_SAVED}")
+
+        state = dict(step=step, model=model.state_dict(), ema=ema.state_dict(),
+                     optimizer=optimizer.state_dict(),
+                     recipe=dataclasses.asdict(model.config) | recipe)
+        state = self.to_host(state)
+        self.thread = threading.Thread(target=self.write, args=(state, model.config))
+        self.thread.start()
+
+    def to_host(self, state):
+        """The state with its tensors in host memory, which is kept for the next time: of a GPU
+        pinned, which is copied to several times faster and takes seconds to get."""
+        leaves, structure = tree_flatten(state)
+        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        data.enough_disk(self.out, sum(x.nbytes for x in tensors))  # PyTorch aborts on a full one
+        cuda = tensors[0].is_cuda
+        if not self.host:
+            self.host = [torch.empty_like(x, device="cpu", pin_memory=cuda and x.is_cuda) for x in tensors]
+        for copied, x in zip(self.host, tensors, strict=True):
+            copied.copy_(x, non_blocking=True)
+        if cuda:
+            torch.cuda.synchronize()
+        copies = iter(self.host)
+        leaves = [next(copies) if isinstance(x, torch.Tensor) else x for x in leaves]
+        return tree_unflatten(leaves, structure)
+
+    def write(self, state, config):
+        """The model first: a run whose last state is there counts as finished."""
+        try:
+            model, path = self.out / "model.safetensors", self.out / f"state-{state['step']:08d}.pt"
+            sdit.write_tensors(model, state["ema"], dataclasses.asdict(config))
+            with sdit.atomic(path) as temporary:
+                torch.save(state, temporary)
+            for old in states(self.out)[:-2]:
+                old.unlink()
+            for left in self.out.glob(".state-*.tmp.pt"):  # of killed runs
+                left.unlink()
+        except Exception as e:
+            self.error = e
 
 
 def states(out):
@@ -133,25 +195,40 @@ def states(out):
     return sorted(p for p in out.glob("state-*.pt") if re.fullmatch(r"state-\d+\.pt", p.name))
 
 
+def read_state(path):
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if set(state) != {"step", "model", "ema", "optimizer", "recipe"}:
+        raise ValueError("it is not a state")
+    return state
+
+
 def newest_state(out):
-    """(path, state) of the newest state in `out` that is whole, reporting those that are not; (None, None) where there is none."""
+    """(path, state) of the newest state in `out` that is whole, reporting those that are not;
+    (None, None) where there is none."""
     paths = states(out)[::-1]
     for path in paths:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            if set(state) != {"step", "model", "ema", "optimizer", "recipe"}:
-                raise ValueError("it is not a state")
-            return path, state
+            return path, read_state(path)
         except Exception as e:  # torch raises a dozen kinds for a damaged file
-            print(f"{path} is damaged: it does not load ({type(e).__name__}); taking the one before", file=sys.stderr)
+            print(f"{path} is damaged: it does not load ({type(e).__name__}); taking the one before",
+                  file=sys.stderr)
     if paths:
         raise UserError(f"every state in {out} is damaged; remove them to start again")
     return None, None
 
 
 def load_state(out, model, ema, optimizer, recipe):
-    """Fill all three from the newest state in `out`; returns the steps done, 0 where there is none."""
-    path, state = newest_state(out)
+    """Fill all three from the newest state in `out`; returns the steps done, 0 where there is none.
+    Of several processes, rank 0 says which state that is."""
+    if not dist.is_initialized():
+        path, state = newest_state(out)
+    else:
+        chosen = [None]
+        if dist.get_rank() == 0:
+            chosen = [newest_state(out)[0]]
+        dist.broadcast_object_list(chosen)
+        path = chosen[0]
+        state = path and read_state(path)
     if path is None:
         return 0
     recipe = dataclasses.asdict(model.config) | recipe
@@ -172,8 +249,11 @@ def load_state(out, model, ema, optimizer, recipe):
 # --------------------------------------------------------------------------------------------------
 # Speed
 
-# Dense bf16 TFLOP/s of the data sheets (SXM modules); what a share of "the device's peak" means by convention.
-PEAKS = {"A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989}
+# Dense bf16 TFLOP/s of the data sheets, by the whole name that the driver gives after "NVIDIA ".
+PEAKS = {
+    "A100-SXM4-40GB": 312, "A100-SXM4-80GB": 312, "A100-PCIE-40GB": 312, "A100 80GB PCIe": 312,
+    "H100 80GB HBM3": 989, "H100 PCIe": 756, "H100 NVL": 835, "H200": 989, "H200 NVL": 835,
+}
 
 
 def row_flops(config):
@@ -188,9 +268,9 @@ def row_flops(config):
 def device_peak(device, dtype):
     """TFLOP/s of the device: from PEAKS, or, for what is not there, measured on a product of square matrices."""
     if device.type == "cuda" and dtype is torch.bfloat16:
-        for name, peak in PEAKS.items():
-            if name in torch.cuda.get_device_name(device):
-                return peak
+        name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ")
+        if name in PEAKS:
+            return PEAKS[name]
     n = 8192 if device.type == "cuda" else 1024
     a, seconds = torch.ones(n, n, device=device, dtype=dtype), []
     for _ in range(7):
@@ -201,39 +281,66 @@ def device_peak(device, dtype):
 
 
 class Meter:
-    """Gathers what the log line says on the device; only `read`, at a log line, waits for it and for the other processes."""
+    """Gathers what the log line says on the device, and the time since the last one; only `read`
+    waits for the device and for the other processes."""
 
     def __init__(self, device):
-        self.sums = torch.zeros(4, 3, dtype=torch.float64, device=device)  # by quarter of t: error, bound, rows
-        self.bad = torch.full((), torch.inf, device=device)  # first step whose loss was not finite
+        self.sums = torch.zeros(4, 3, device=device)  # by quarter of t: error, bound, rows
+        self.bad = torch.full((), torch.inf, device=device)  # first step with a loss that is not finite
+        self.began = time.monotonic()
 
     def add(self, step, t, error, bound):
-        self.sums.index_add_(0, t * 4 // NoiseSchedule.steps, torch.stack([error, bound, torch.ones_like(error)], 1).detach().double())
+        values = torch.stack([error, bound, torch.ones_like(error)], 1).detach()
+        self.sums.index_add_(0, t * 4 // NoiseSchedule.steps, values)
         bad = ~torch.isfinite(error + bound).all()
         self.bad = torch.where(bad, self.bad.clamp(max=step), self.bad)
 
-    def read(self, stopping, clear):
-        """(mean weighted squared error, mean bound, the error by quarter, first bad step or None, whether a process was told to stop), over all ranks."""
-        sums, flags = self.sums.clone(), torch.stack([-self.bad, torch.full_like(self.bad, float(stopping))])
+    def read(self, stopping, saving, clear):
+        """(mean weighted squared error, mean bound, the error by quarter, first bad step or None,
+        whether a process was told to stop, whether one wants to save), over all ranks."""
+        sums, told = self.sums.clone(), [torch.full_like(self.bad, x) for x in (stopping, saving)]
+        flags = torch.stack([-self.bad, *told])
         if dist.is_initialized():
             dist.all_reduce(sums)
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         if clear:
             self.sums.zero_()
-        sums, (bad, stopping) = sums.cpu(), flags.tolist()
+
+        sums, (bad, stopping, saving) = sums.cpu(), flags.tolist()
         error, bound, rows = sums.sum(0).tolist()
         quarters = (sums[:, 0] / sums[:, 2].clamp_min(1)).tolist()
-        return error / rows, bound / rows, quarters, None if bad == -math.inf else int(-bad), bool(stopping)
+        bad = None if bad == -math.inf else int(-bad)
+        return error / rows, bound / rows, quarters, bad, bool(stopping), bool(saving)
+
+    @contextlib.contextmanager
+    def pause(self):
+        """States and pictures do not count as time of training."""
+        if self.bad.is_cuda:
+            torch.cuda.synchronize()
+        began = time.monotonic()
+        yield
+        self.began += time.monotonic() - began
+
+    def lap(self):
+        """Seconds since the last call."""
+        seconds, self.began = time.monotonic() - self.began, time.monotonic()
+        return seconds
 
 
 # --------------------------------------------------------------------------------------------------
 # The loop
 
-def join():
-    """(rank, processes, device); under torchrun the processes form a group, one GPU each, or CPU processes over gloo."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+def start_processes():
+    """(rank, processes, device). Under torchrun they form a group: one GPU each, or CPUs over gloo."""
+    numbers = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in numbers)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if local >= count:
+            raise UserError(f"process {local} finds no GPU of its own, there are {count}; give torchrun "
+                            f"--nproc_per_node={count}")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -281,24 +388,32 @@ def shares(start, steps, batch, rank, world, accumulate):
 
 
 class Preview:
-    """A picture of how far training is: held-out clips as they are, and below each what the average model makes of its source and
-    landmarks, RUN/preview-STEP.png."""
+    """A picture of how far training is, RUN/preview-STEP.png: held-out clips as they are, and below
+    each what the average model makes of its source and landmarks."""
 
-    def __init__(self, rows, model_config, beside, device):
-        self.batch = {k: v.to(device) for k, v in torch.utils.data.default_collate([rows[n] for n in range(min(4, len(rows)))]).items()}
+    def __init__(self, rows, model_config, beside, device, precision):
+        self.bf16 = precision == "bf16"
+        batch = torch.utils.data.default_collate([rows[n] for n in range(min(4, len(rows)))])
+        self.batch = {name: x.to(device) for name, x in batch.items()}
+
         path = sdit.find_weights(model_config.autoencoder, model_config.autoencoder_sha256, beside)
         self.autoencoder = sdit.load_autoencoder(path, device)
-        self.noise = torch.randn(self.batch["latents"].shape, generator=torch.Generator().manual_seed(0)).to(device)
+        g = torch.Generator().manual_seed(0)
+        self.noise = torch.randn(self.batch["latents"].shape, generator=g).to(device)
 
     @torch.no_grad()
     def __call__(self, model, path):
-        conditioning = model.mapping(self.batch["scene"], self.batch["landmarks"])
-        made = sample.sample_plain(model, self.noise, None, [conditioning], sample.Settings(20, "ddim"), None)  # (rows, T, C, H, W)
-        strips = [data.to_images(self.autoencoder.decode(z)) for z in (self.batch["latents"], made)]
+        with torch.autocast(self.noise.device.type, torch.bfloat16, enabled=self.bf16):
+            conditions = [model.mapping(self.batch["scene"], self.batch["landmarks"])]
+            settings = sample.Settings(20, "ddim")
+            made = sample.sample_plain(model, self.noise, None, conditions, settings, None)  # (rows, T, C, H, W)
+
+        decode = self.autoencoder.decode
+        strips = [data.to_images(decode(z)) for z in (self.batch["latents"], made)]
         picture = np.stack(strips, 1).swapaxes(2, 3)  # (rows, 2, h, T, w, 3)
-        picture = picture.reshape(-1, *picture.shape[2:])  # (2 rows, h, T, w, 3)
+        rows, _, h, T, w, _ = picture.shape
         with sdit.atomic(path) as temporary:
-            Image.fromarray(picture.reshape(picture.shape[0] * picture.shape[1], -1, 3)).save(temporary)
+            Image.fromarray(picture.reshape(rows * 2 * h, T * w, 3)).save(temporary)
 
 
 NOTHING_SAVED = "nothing was saved over; start again with a lower --lr and another --out"
@@ -307,7 +422,8 @@ NOTHING_SAVED = "nothing was saved over; start again with a lower --lr and anoth
 def build_preview(a, config, beside, device):
     """A Preview, or None, with a word, where the cache's autoencoder is not there to decode."""
     try:
-        return Preview(data.Rows(a.data, a.frames, a.seed, held_out=True), config, beside, device)
+        rows = data.Rows(a.data, a.frames, a.seed, held_out=True)
+        return Preview(rows, config, beside, device, a.precision)
     except UserError as e:
         print(f"no previews: {e}")
 
@@ -334,10 +450,11 @@ def arguments(world):
     ap.add_argument("--drop", type=share, default=0.1, help="probability that a row loses scene and landmarks")
     ap.add_argument("--ema", type=share, default=0.9999, help="decay of the weight average (less in the first steps)")
     ap.add_argument("--precision", choices=("bf16", "fp32"), help="of the matrix products (default: bf16 where the device has it); weights stay float32")
-    ap.add_argument("--compile", action="store_true", help="torch.compile every block: a minute of waiting, then faster steps")
+    ap.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                    help="torch.compile the blocks: a minute of waiting, then faster steps (default: on a GPU)")
     ap.add_argument("--workers", type=number(int, 0, 256), help="processes that load rows (default: 4 with a GPU, else 0)")
     ap.add_argument("--log-every", type=count, default=50, help="steps between log lines (torchrun takes --log for its own)")
-    ap.add_argument("--save", type=count, default=500, help="steps between states")
+    ap.add_argument("--save-minutes", type=number(float, 0), default=15, help="minutes between states; 0: after every step")
     ap.add_argument("--preview", type=number(int, 0), default=2000, help="steps between pictures of held-out clips, RUN/preview-STEP.png; 0 for none")
     ap.add_argument("--seed", type=number(int, 0, 2 ** 31), default=0, help="of weights, rows and noise")
     a = ap.parse_args()
@@ -383,11 +500,13 @@ def main():
 
 
 def train(a, rows):
-    rank, world, device = join()
-    part = a.batch // world // a.accumulate
+    rank, world, device = start_processes()
+    part = a.batch // world // a.accumulate  # rows of one forward pass
     a.precision = a.precision or ("bf16" if sdit.has_bf16(device.type) else "fp32")
-    dtype = torch.bfloat16 if a.precision == "bf16" else torch.float32
+    bf16 = a.precision == "bf16"
     torch.manual_seed(a.seed)
+
+    # the model, its average and the optimiser: new, or from the newest state
     model = build_model(rows, a.size, a.frames, a.prediction)
     if a.init and not states(a.out):
         sdit.init_weights(model, a.init)
@@ -402,71 +521,114 @@ def train(a, rows):
     start = load_state(a.out, model, ema, optimizer, recipe)
     if start >= a.steps:
         return print(f"{a.out} is finished: {start} steps")
-    peak, flops = device_peak(device, dtype), row_flops(model.config)
-    preview = build_preview(a, model.config, rows.folder / "index.json", device) if a.preview and rank == 0 else None
-    if a.compile:
-        for block in model.blocks:  # one compilation serves all blocks
-            block.compile()
-    objective = Objective(model, NoiseSchedule(device), a.lambda_ex)
-    if world > 1:
-        objective = DistributedDataParallel(objective, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+    peak, flops = device_peak(device, torch.bfloat16 if bf16 else torch.float32), row_flops(model.config)
+    preview = None
+    if a.preview and rank == 0:
+        preview = build_preview(a, model.config, rows.folder / "index.json", device)
+    objective = wrap(model, NoiseSchedule(device), a, world)
     if rank == 0:
         mapping, count = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.mapping, model))
-        print(f"{a.size}, {a.frames} frames: {count:.1f} M parameters ({mapping:.1f} M of them mapping); {len(rows)} clips; {world} x {device.type}, "
-              f"{a.precision}, peak {peak:.3g} TFLOP/s; from step {start}")
+        print(f"{a.size}, {a.frames} frames: {count:.1f} M parameters ({mapping:.1f} M of them mapping); "
+              f"{len(rows)} clips; {world} x {device.type}, {a.precision}, peak {peak:.3g} TFLOP/s; "
+              f"from step {start}")
+
     stop = []  # filled by Ctrl-C and SIGTERM
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stop.append(signal.Signals(number).name))
-    workers = a.workers if a.workers is not None else 4 * (device.type == "cuda")
-    loader = iter(DataLoader(rows, batch_sampler=shares(start, a.steps, a.batch, rank, world, a.accumulate), num_workers=workers,
-                             pin_memory=device.type == "cuda", worker_init_fn=sdit.end_with_parent))
-    shape = (a.batch, a.frames, model.config.latent_channels, model.config.latent_size, model.config.latent_size)
-    meter, logged, log = Meter(device), (start, time.time()), open(a.out / "log.jsonl", "a") if rank == 0 else None
-    bar = tqdm(range(start, a.steps), initial=start, total=a.steps, unit="step", dynamic_ncols=True, disable=rank > 0)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial"] * learning_rate(step, a.steps, a.warmup)
-        drawn = draw(a.seed, step, shape, a.drop)
-        optimizer.zero_grad(set_to_none=True)
-        for k in range(a.accumulate):
-            batch = {name: x.to(device, non_blocking=True) for name, x in next_rows(loader).items()}
-            first = (rank * a.accumulate + k) * part
-            t, noise, drop = (x[first:first + part].to(device, non_blocking=True) for x in drawn)
-            with objective.no_sync() if world > 1 and k + 1 < a.accumulate else contextlib.nullcontext():
-                with torch.autocast(device.type, torch.bfloat16, enabled=a.precision == "bf16"):
-                    error, bound = objective(batch, t, noise, drop)
-                ((error + bound).mean() / a.accumulate).backward()
-            meter.add(step + 1, t, error, bound)
-        logging, saving = (step + 1) % a.log_every == 0, (step + 1) % a.save == 0 or step + 1 == a.steps
-        asking = logging or saving or (stop if world == 1 else (step + 1) % 10 == 0)  # several processes agree on stopping every ten steps
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item() if asking else None
-        optimizer.step()
-        decay = min(a.ema, (1 + step) / (10 + step))  # follows closely at first
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-        if preview and (step + 1) % a.preview == 0:
-            preview(ema, a.out / f"preview-{step + 1:08d}.png")
-        if not asking:
-            continue
-        mse, bound, quarters, bad, stopping = meter.read(bool(stop), clear=logging)
-        if bad is not None or not math.isfinite(norm):
-            raise UserError(f"the loss or its gradient was not finite at step {bad or step + 1}; {NOTHING_SAVED}")
-        if (logging or stopping) and rank == 0 and step + 1 > logged[0]:
-            speed = (step + 1 - logged[0]) * a.batch / (time.time() - logged[1])
-            report(log, bar, dict(step=step + 1, mse=mse, bound=bound, quarters=quarters, lr=optimizer.param_groups[0]["lr"], norm=norm,
-                                  rows_per_s=speed, tflops=speed * flops / 1e12, mfu=speed * flops / 1e12 / peak / world,
-                                  memory_gib=data.peak_memory(device.type), eta_s=(a.steps - step - 1) * a.batch / speed))
-            logged = step + 1, time.time()
-        if (saving or stopping) and rank == 0:
-            save_state(a.out, step + 1, model, ema, optimizer, recipe)
-        if stopping and step + 1 < a.steps:
-            bar.close()
-            if rank == 0:
-                print(f"stopped by {(stop or ['another process'])[0]}; saved after step {step + 1}; the same command goes on")
-            break
+    cuda = device.type == "cuda"
+    loader = iter(DataLoader(
+        rows, batch_sampler=shares(start, a.steps, a.batch, rank, world, a.accumulate),
+        num_workers=4 * cuda if a.workers is None else a.workers, pin_memory=cuda,
+        worker_init_fn=sdit.end_with_parent))
+    c = model.config
+    shape = (a.batch, a.frames, c.latent_channels, c.latent_size, c.latent_size)
+    log = open(a.out / "log.jsonl", "a") if rank == 0 else None
+    bar = tqdm(range(start, a.steps), initial=start, total=a.steps, unit="step", dynamic_ncols=True,
+               disable=rank > 0)
+    meter, logged, saved = Meter(device), start, time.monotonic()
+
+    with Saver(a.out) as saver:
+        for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial"] * learning_rate(step, a.steps, a.warmup)
+            drawn = draw(a.seed, step, shape, a.drop)
+
+            # gradients of all parts; the processes average theirs with the last one
+            optimizer.zero_grad(set_to_none=True)
+            for k in range(a.accumulate):
+                batch = {name: sdit.send(x, device) for name, x in next_rows(loader).items()}
+                first = (rank * a.accumulate + k) * part
+                t, noise, drop = (sdit.send(x[first:first + part], device) for x in drawn)
+                alone = world > 1 and k + 1 < a.accumulate
+                with objective.no_sync() if alone else contextlib.nullcontext():
+                    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                        error, bound = objective(batch, t, noise, drop)
+                    ((error + bound).mean() / a.accumulate).backward()
+                meter.add(step + 1, t, error, bound)
+
+            # what several processes must agree on, they ask each other every ten steps
+            last, logging = step + 1 == a.steps, (step + 1) % a.log_every == 0
+            due = time.monotonic() - saved >= a.save_minutes * 60 and not saver.busy
+            saving = last or a.save_minutes == 0
+            asking = logging or saving or ((step + 1) % 10 == 0 if world > 1 else stop or due)
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients).item() if asking else None
+
+            optimizer.step()
+            decay = min(a.ema, (1 + step) / (10 + step))  # follows closely at first
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+            if preview and (step + 1) % a.preview == 0:
+                with meter.pause():
+                    preview(ema, a.out / f"preview-{step + 1:08d}.png")
+            if not asking:
+                continue
+
+            mse, bound, quarters, bad, stopping, due = meter.read(
+                bool(stop), due and rank == 0, clear=logging)  # rank 0's clock is everyone's
+            if bad is not None or not math.isfinite(norm):
+                raise UserError(f"the loss or its gradient was not finite at step {bad or step + 1}; "
+                                f"{NOTHING_SAVED}")
+            if (logging or stopping) and rank == 0 and step + 1 > logged:
+                speed = (step + 1 - logged) * a.batch / meter.lap()
+                report(log, bar, dict(
+                    step=step + 1, mse=mse, bound=bound, quarters=quarters,
+                    lr=optimizer.param_groups[0]["lr"], norm=norm, rows_per_s=speed,
+                    tflops=speed * flops / 1e12, mfu=speed * flops / 1e12 / peak / world,
+                    memory_gib=data.peak_memory(device.type), eta_s=(a.steps - step - 1) * a.batch / speed))
+                logged = step + 1
+            saver.check()
+            if saving or due or stopping:
+                saved = time.monotonic()
+                if rank == 0:
+                    with meter.pause():
+                        saver.save(step + 1, model, ema, optimizer, recipe)
+            if stopping and not last:
+                break
+        bar.close()
+
+    if stopping and not last and rank == 0:
+        print(f"stopped by {(stop or ['another process'])[0]}; saved after step {step + 1}; "
+              f"the same command goes on")
     if world > 1:
         dist.barrier()  # rank 0 may still be writing
         dist.destroy_process_group()
+
+
+def wrap(model, schedule, a, world):
+    """The objective to train: its blocks compiled, its gradients averaged over the processes."""
+    cuda = schedule.beta.is_cuda
+    if cuda if a.compile is None else a.compile:
+        torch._dynamo.config.optimize_ddp = False  # one graph a block; else it would be cut in three
+        for block in model.blocks:  # one compilation serves all blocks
+            block.compile()
+    objective = Objective(model, schedule, a.lambda_ex)
+    if world == 1:
+        return objective
+    warnings.filterwarnings("ignore", "`broadcast_buffers`")  # older PyTorch has no other name for it
+    return DistributedDataParallel(objective, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 if __name__ == "__main__":
