@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import data
+import sample
 import sdit
 import train
 from conftest import ROOT, random_sdit
@@ -432,7 +433,11 @@ def test_preview(tmp_path, monkeypatch):
     for value in range(1, 4):
         writer.add(record(8, value, 6, 16, 128), dict(file=str(value)))
     writer.finish([dict(file=str(value), frames=8) for value in range(1, 4)])
+    plain, halves = sample.sample_plain, []
+    monkeypatch.setattr(sample, "sample_plain", lambda *given: halves.append(torch.is_autocast_enabled("cpu")) or plain(*given))
     run(tmp_path / "cache", tmp_path / "run", monkeypatch, "--preview", "4")
+    run(tmp_path / "cache", tmp_path / "half", monkeypatch, "--preview", "4", "--precision", "bf16")
+    assert halves == [False, True]
     assert Image.open(tmp_path / "run" / "preview-00000004.png").size == (2 * 64, 2 * 3 * 64)
 
 
