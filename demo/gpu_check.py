@@ -6,6 +6,7 @@
 Weights are random: speed, memory and equality do not depend on them. A part that fails is a line of
 the table. Sampling that would not end within --minutes is left out, and says so.
 """
+
 import contextlib
 import functools
 import json
@@ -26,7 +27,9 @@ import sample
 import sdit
 import train
 
-PAPER = 1.8 * 16 / 4  # rows a second of one of the paper's four A100, of its largest model (XL, T = 8)
+PAPER = (
+    1.8 * 16 / 4
+)  # rows a second of one of the paper's four A100, of its largest model (XL, T = 8)
 
 # Milliseconds of a training step on paper, 16 rows of XL/2, T = 8: (eager, compiled). Matrix products
 # and attention at the speeds that are published, everything else at the memory's bandwidth.
@@ -70,16 +73,21 @@ class Bench:
 
 
 def show(values):
-    return ", ".join(f"{name} {v:.4g}" if isinstance(v, float) else f"{name} {v}"
-                     for name, v in values.items())
+    return ", ".join(
+        f"{name} {v:.4g}" if isinstance(v, float) else f"{name} {v}" for name, v in values.items()
+    )
 
 
 def environment(bench):
     found = export.versions("torch", "onnxruntime-gpu", "onnxruntime", "tensorrt", "triton")
     if bench.cuda:
         about = torch.cuda.get_device_properties(bench.device)
-        found |= dict(gpu=about.name, gib=round(about.total_memory / 2 ** 30, 1), cuda=torch.version.cuda,
-                      cudnn=torch.backends.cudnn.version())
+        found |= dict(
+            gpu=about.name,
+            gib=round(about.total_memory / 2**30, 1),
+            cuda=torch.version.cuda,
+            cudnn=torch.backends.cudnn.version(),
+        )
     bench.add("environment", str(bench.device), **found)
 
 
@@ -102,12 +110,19 @@ def equality(bench):
         rows, keep = sample.plan_rows(M, T)
         c = model.config
         noise = sample.frame_noise(0, rows, (c.latent_channels, c.latent_size, c.latent_size))
-        plain = sample.sample_plain(model, noise.float().to(bench.device), rows,
-                                    [conditions[0][torch.from_numpy(rows)]], settings, T // 2)
+        plain = sample.sample_plain(
+            model,
+            noise.float().to(bench.device),
+            rows,
+            [conditions[0][torch.from_numpy(rows)]],
+            settings,
+            T // 2,
+        )
         latent = sample.sample_video(model, conditions, settings)
         banked = torch.stack([latent(f) for f in range(M)])
-        plain = torch.stack([plain[tuple(place)] for place in
-                             sorted(zip(*keep.nonzero()), key=lambda p: rows[p])]).cpu()
+        plain = torch.stack(
+            [plain[tuple(place)] for place in sorted(zip(*keep.nonzero()), key=lambda p: rows[p])]
+        ).cpu()
         values = dict(bank_against_rule=relative(banked, plain))
         results[dtype] = plain
         if dtype is torch.bfloat16:
@@ -133,8 +148,12 @@ def training(bench, frames, compiled):
     objective = train.wrap(model, sdit.NoiseSchedule(device), a, 1)
     c = model.config
     shape = (a.rows, frames, c.latent_channels, c.latent_size, c.latent_size)
-    batch = dict(latents=torch.randn(shape), landmarks=torch.rand(a.rows, frames, 478, 3),
-                 mask=torch.rand(a.rows, frames, *shape[-2:]), scene=torch.randn(a.rows, c.scene_width))
+    batch = dict(
+        latents=torch.randn(shape),
+        landmarks=torch.rand(a.rows, frames, 478, 3),
+        mask=torch.rand(a.rows, frames, *shape[-2:]),
+        scene=torch.randn(a.rows, c.scene_width),
+    )
     bf16 = sdit.has_bf16(device.type)
 
     def step(n):
@@ -165,9 +184,14 @@ def training(bench, frames, compiled):
 
     rows = a.rows / seconds
     peak = train.device_peak(device, torch.bfloat16 if bf16 else torch.float32)
-    values = dict(rows=a.rows, steps_per_s=1 / seconds, rows_per_s=rows,
-                  mfu=rows * train.row_flops(c) / 1e12 / peak,
-                  peak_gib=data.peak_memory(device.type), warm_up_s=warm)
+    values = dict(
+        rows=a.rows,
+        steps_per_s=1 / seconds,
+        rows_per_s=rows,
+        mfu=rows * train.row_flops(c) / 1e12 / peak,
+        peak_gib=data.peak_memory(device.type),
+        warm_up_s=warm,
+    )
     if frames == 8 and a.size == "XL/2":
         values["times_an_A100_of_the_paper"] = rows / PAPER
         name = torch.cuda.get_device_name(device) if bench.cuda else ""
@@ -194,15 +218,23 @@ def sampling(bench):
                 continue
             with bench.part("sampling", case):
                 began = time.monotonic()
-                latent = sample.sample_video(model, conditions, sample.Settings(steps, "ddim:1", 2.0))
+                latent = sample.sample_video(
+                    model, conditions, sample.Settings(steps, "ddim:1", 2.0)
+                )
                 denoised = time.monotonic()
                 for f in range(0, M, 8):
                     part = torch.stack([latent(i) for i in range(f, min(f + 8, M))])
                     data.to_images(autoencoder.decode(part.to(bench.device)))
                 seconds = time.monotonic() - began
                 per_frame_step = seconds / M / steps
-                bench.add("sampling", case, frames_per_s=M / seconds, denoising_s=denoised - began,
-                          decoding_s=seconds - (denoised - began), peak_gib=data.peak_memory(bench.device.type))
+                bench.add(
+                    "sampling",
+                    case,
+                    frames_per_s=M / seconds,
+                    denoising_s=denoised - began,
+                    decoding_s=seconds - (denoised - began),
+                    peak_gib=data.peak_memory(bench.device.type),
+                )
 
 
 @torch.no_grad()
@@ -211,11 +243,16 @@ def engines(bench):
     backend that is there."""
     model = bench.model(4, depth=bench.a.blocks)
     precision = "bf16" if bench.cuda else "fp32"
-    dtype, inputs = export.PRECISIONS[precision], export.example(model.config, "packed", 4, 2, 2, device=bench.device)
+    dtype, inputs = (
+        export.PRECISIONS[precision],
+        export.example(model.config, "packed", 4, 2, 2, device=bench.device),
+    )
     expected = export.reference(model, "packed", inputs)[0]
     graph = export.build_graph(model, "packed", precision).to(bench.device)
     with tempfile.TemporaryDirectory() as folder:
-        a = type("Arguments", (), dict(precision=precision, branches=2, rows=[4, 4], out=Path(folder)))()
+        a = type(
+            "Arguments", (), dict(precision=precision, branches=2, rows=[4, 4], out=Path(folder))
+        )()
         for kind in ("eager", "compiled", "onnx", "trt"):
             if kind == "compiled" and not bench.a.compile_too:
                 continue
@@ -226,7 +263,9 @@ def engines(bench):
                     run = functools.partial(export.run_module, torch.compile(graph), dtype)
                 else:
                     path = export.write_graph(model, kind, "packed", a, Path(folder), bench.device)
-                    run = export.load_runner(kind, path, model.config, "packed", 2, dtype, bench.device)
+                    run = export.load_runner(
+                        kind, path, model.config, "packed", 2, dtype, bench.device
+                    )
                 error, seconds = export.relative_error(run(inputs)[0], expected), []
                 for _ in range(10 if bench.cuda else 2):
                     bench.wait()
@@ -234,8 +273,12 @@ def engines(bench):
                     run(inputs)
                     bench.wait()
                     seconds.append(time.perf_counter() - began)
-                bench.add("engines", f"{kind} {precision}, {bench.a.blocks} blocks",
-                          ms=1000 * statistics.median(seconds), relative_error=error)
+                bench.add(
+                    "engines",
+                    f"{kind} {precision}, {bench.a.blocks} blocks",
+                    ms=1000 * statistics.median(seconds),
+                    relative_error=error,
+                )
 
 
 def write(bench):
@@ -254,16 +297,29 @@ def arguments():
     ap = sdit.Parser(__doc__)
     ap.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
     ap.add_argument("--size", default="XL/2", help="model size")
-    ap.add_argument("--rows", type=count, help="rows of a training step (default: 16 from 70 GiB on, else 4; on a CPU 1)")
-    ap.add_argument("--videos", type=count, nargs="+", help="frames to sample (default: 25 100 1003; on a CPU 9)")
-    ap.add_argument("--steps", type=count, nargs="+", help="denoising steps (default: 10 20 50; on a CPU 1)")
+    ap.add_argument(
+        "--rows",
+        type=count,
+        help="rows of a training step (default: 16 from 70 GiB on, else 4; on a CPU 1)",
+    )
+    ap.add_argument(
+        "--videos",
+        type=count,
+        nargs="+",
+        help="frames to sample (default: 25 100 1003; on a CPU 9)",
+    )
+    ap.add_argument(
+        "--steps", type=count, nargs="+", help="denoising steps (default: 10 20 50; on a CPU 1)"
+    )
     ap.add_argument("--blocks", type=count, default=4, help="of the model, to time engines with")
-    ap.add_argument("--minutes", type=sdit.number(float, 0), default=9, help="after which no sampling begins")
+    ap.add_argument(
+        "--minutes", type=sdit.number(float, 0), default=9, help="after which no sampling begins"
+    )
     ap.add_argument("--out", type=Path, default=Path("gpu_check"), help="OUT.json, OUT.md")
     a = ap.parse_args()
     a.device = sdit.get_device(a.device)
     cuda = a.device.type == "cuda"
-    memory = torch.cuda.get_device_properties(a.device).total_memory / 2 ** 30 if cuda else 0
+    memory = torch.cuda.get_device_properties(a.device).total_memory / 2**30 if cuda else 0
     a.compile_too = cuda
     a.rows = a.rows or ((16 if memory > 70 else 4) if cuda else 1)
     a.videos = a.videos or ([25, 100, 1003] if cuda else [9])
@@ -281,7 +337,7 @@ def main():
     with bench.part("equality", "both precisions"):
         equality(bench)
     for frames in (4, 8):
-        for compiled in (False, True)[:1 + a.compile_too]:
+        for compiled in (False, True)[: 1 + a.compile_too]:
             with bench.part("training", f"T = {frames}, {'compiled' if compiled else 'eager'}"):
                 training(bench, frames, compiled)
                 torch.compiler.reset()

@@ -1,7 +1,7 @@
 """The CUDA paths without a GPU: fake tensors on cuda:0. Every operator sees the device, type and
 shape that it would have there; none computes. What fails: tensors of two devices in one operator,
 float64 on the device, and whatever makes the host wait for it."""
-import itertools
+
 import traceback
 from pathlib import Path
 
@@ -18,8 +18,15 @@ import sdit
 import train
 from conftest import ROOT, NumberSchedule
 
-WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique2",
-         "is_nonzero"}
+WAITS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "equal",
+    "bincount",
+    "_unique2",
+    "is_nonzero",
+}
 
 
 class Watch(TorchDispatchMode):
@@ -79,8 +86,12 @@ def test_training_step(cuda):
     with FakeTensorMode(allow_non_fake_inputs=True):
         with cuda:  # fake from the start: all 28 blocks cost nothing
             model, ema = (sdit.SDiT(sdit.make_config("XL/2", 8)) for _ in range(2))
-        batch = dict(latents=torch.empty(B, 8, 4, 32, 32), landmarks=torch.empty(B, 8, 478, 3),
-                     mask=torch.empty(B, 8, 32, 32), scene=torch.empty(B, 768))
+        batch = dict(
+            latents=torch.empty(B, 8, 4, 32, 32),
+            landmarks=torch.empty(B, 8, 478, 3),
+            mask=torch.empty(B, 8, 32, 32),
+            scene=torch.empty(B, 768),
+        )
         optimizer, meter = train.build_optimizer(model, 1e-4, 1e-5, 0.01), train.Meter(cuda)
         objective = train.Objective(model, sdit.NoiseSchedule(cuda), 1.0)
 
@@ -103,7 +114,11 @@ def test_training_step(cuda):
 
 
 SAMPLINGS = [("anchored", s, 2.0) for s in ("ddim", "ddim:1", "ddpm", "dpm++")]
-SAMPLINGS += [("anchored", "ddim:1", 1.0), ("independent", "ddim:1", 1.0), ("multidiffusion", "ddim", 1.0)]
+SAMPLINGS += [
+    ("anchored", "ddim:1", 1.0),
+    ("independent", "ddim:1", 1.0),
+    ("multidiffusion", "ddim", 1.0),
+]
 
 
 @torch.no_grad()
@@ -140,7 +155,10 @@ def test_evaluations_agree_in_shape_and_type(cuda, wide):
     with FakeTensorMode(allow_non_fake_inputs=True):
         model, _ = on_gpu(wide, cuda, 1)
         mapping = sdit.Mapping(1152, 768).to(cuda)
-        x, t = torch.empty(2, 8, 4, 32, 32, device=cuda), torch.zeros(2, dtype=torch.int64, device=cuda)
+        x, t = (
+            torch.empty(2, 8, 4, 32, 32, device=cuda),
+            torch.zeros(2, dtype=torch.int64, device=cuda),
+        )
         scene, landmarks = torch.empty(2, 768, device=cuda), torch.empty(2, 8, 478, 3, device=cuda)
         with Watch() as watch:
             c = mapping(scene, landmarks).to(torch.bfloat16)
@@ -148,12 +166,15 @@ def test_evaluations_agree_in_shape_and_type(cuda, wide):
             first, kv = model.forward_first(x[:1], t[:1], c[:1], 4)
             rest = model.forward_rest(x[1:, :7], t[1:], c[1:, :7], 4, kv)
         for y, frames in (plain, 8), (first, 8), (rest, 7):
-            assert y.device == cuda and y.dtype is plain.dtype and y.shape[1:] == (frames, 8, 32, 32)
+            assert (
+                y.device == cuda and y.dtype is plain.dtype and y.shape[1:] == (frames, 8, 32, 32)
+            )
     assert not watch.found
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form, precision", itertools.product(export.FORMS, export.PRECISIONS))
+@pytest.mark.parametrize("precision", list(export.PRECISIONS))
+@pytest.mark.parametrize("form", list(export.FORMS))
 def test_graphs(cuda, wide, form, precision):
     dtype = export.PRECISIONS[precision]
     graph, inputs = export.build_graph(wide, form, precision), export.example(wide.config, form, 3)
