@@ -47,17 +47,14 @@ CHUNK_TOKENS = dict(cpu=2048, cuda=8192)
 
 
 def plan_rows(M, T, anchor=None):
-    """Deal the M frames of a video to rows of T (Alg. 1, step 1; Eq. 1). Returns (rows, keep), both
-    (B, T).
+    """Deal the M frames of a video to rows of T (Alg. 1, step 1; Eq. 1): (rows, keep), both (B, T).
 
-    rows holds frame numbers. Slot T // 2 is the anchor in every row; frames before it in time lie
-    in the slots before, frames after it in those after, in order of time, dealt strided: rows look
-    like training sequences, sorted and wide. The anchor is the frame that needs the fewest rows,
-    among those the most central, then the earlier; or the frame given. (The paper says "the central
-    frame" and leaves dealing open; where T is even the exact centre can cost more rows.) `anchor`
-    is the number of a frame here, in the samplers below that of the slot. keep marks each frame's
-    one place in the result; elsewhere stand the anchor of rows 1.. and repetitions that fill slots.
-    """
+    rows holds frame numbers. Slot T // 2 of every row is the anchor; earlier frames lie before it
+    and later ones after it, in order of time and strided, so that rows look like training
+    sequences. The anchor is the frame that needs the fewest rows, then the most central, or the
+    frame given. (The paper says "the central frame"; where T is even that can cost more rows.) keep
+    marks each frame's one place in the result; elsewhere are anchors of rows 1.. and repetitions
+    that fill slots."""
     slot = T // 2  # of the anchor in every row
 
     def count(f):
@@ -375,10 +372,9 @@ def sample_video(model, conditions, settings, wanted=None, finished=None, share=
     """Sample a video of M frames, conditions (M, D) each. Returns a function frame -> latent (C, H,
     W), on the CPU, for the frames `wanted` (default: all), which costs the rows that hold them.
 
-    `finished`, a mapping from row to the latents (n, C, H, W) of the frames that it keeps, receives
-    rows as they get done; those in it already are not made again, but row 0, for its bank, while
-    others are missing. `share` (rank, processes): make only this share of the rows. `plan` (rows,
-    keep): in place of `plan_rows`'."""
+    `finished`, a mapping from row to its kept latents (n, C, H, W), receives rows as they get done;
+    what is there is not made again. `share` (rank, processes): only this part of the rows. `plan`
+    (rows, keep): in place of `plan_rows`'."""
     M, T, method = len(conditions[0]), model.config.frames, settings.method
     # MultiDiffusion cannot be cut: one row of all frames
     rows, keep = plan or (
@@ -539,9 +535,8 @@ def make_scene(models, face, prompt, edit):
     """The scene (1, S) of a face crop (h, w, 3) uint8, a sentence, or both (the mean direction),
     edited.
 
-    A sentence's vector stands in as it is (paper 4.4). Pictures and texts lie apart in CLIP's
-    space; moving the texts' mean onto the pictures' changed nothing in the demo's CLIP, where the
-    two nearly agree, and was not tried on a large one."""
+    A sentence's vector stands in as it is (paper 4.4), though pictures and texts lie apart in CLIP.
+    """
     parts = [models.encoder.images(data.to_tensor(face[None]))] if face is not None else []
     parts += [models.encoder.texts([prompt])] if prompt else []
     scene = F.normalize(sum(parts), dim=-1)
@@ -644,15 +639,13 @@ OVAL = [
 
 
 def retargeted(driving, source):
-    """Landmarks (M, 478, 3) with the proportions of the source's face and the motion of the driving
-    one's (paper silent; raw landmarks carry the driver's shape into the result). driving (M, 478,
-    3); source (478, 3), any unit.
+    """Landmarks (M, 478, 3) with the source's proportions and the driver's motion (paper silent;
+    raw landmarks carry the driver's shape over). driving (M, 478, 3); source (478, 3), any unit.
 
     The neutral driving frame is compared with the source, laid onto it by its rigid points: how
-    much wider and higher is the outline along the head's own axes? Half of that is applied to every
-    frame, turned and sized with the head. (One picture, with an expression of its own, tells no
-    more: the difference point by point, and the whole of it, were further from the truth on the
-    demo world than raw landmarks.)"""
+    much wider and higher is the outline, along the head's own axes? Half of that is applied to
+    every frame. The whole of it, or the difference point by point, was further from the truth on
+    the demo world."""
     neutral = driving[neutral_frame(driving)]
     scale, rotation = head_pose(source, neutral)
     # between the eyes, from chin to brow
@@ -831,15 +824,13 @@ def reenact(
     device=None,
     engine=None,
 ):
-    """Write the video `out` of the face in `source` (picture or video), or of a sentence, `prompt`,
-    or of both, moving like the one in `driving` (video).
+    """Write the video `out` of the face in `source` (picture or video), of a sentence `prompt`, or
+    of both, moving like the one in `driving` (video). Returns the seconds by part.
 
-    model: a model file, or what `load_models` made of it. out has the frames, rate and sound of
-    `driving`, or of its frames `only` ("a:b"); `compare` writes, beside it, OUT-compare.mp4:
-    source, driving face, result. `face`: which face of driving and source, by size. The rest is as
-    on the command line. Under torchrun the processes share the rows, and rank 0 writes. Threads may
-    call it at once, with one `model` and an `out` each. Returns the seconds by part. Raises
-    UserError on bad input; then nothing is written."""
+    model: a file, or what `load_models` made of it. only: frames "a:b". compare: also write
+    OUT-compare.mp4. face: which face of driving and source, by size. The rest is as on the command
+    line. Threads may call it at once, with one `model` and an `out` each. Raises UserError on bad
+    input; then nothing is written."""
     watch, paths = data.Stopwatch(), outputs(out, compare)
     still = Path(out).suffix.lower() == ".png"
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -287,16 +287,14 @@ class ResidualMLP(nn.Module):
 
 
 class Mapping(nn.Module):
-    """The mapping network (paper 3.1): mixes the global signal G, the scene, with the local signals
-    L_t, the landmarks, into the conditioning C_t of every frame. Four residual blocks (paper 4.1).
-    The paper is silent on fusion, width and activation; we concatenate, at the transformer's width,
-    pre-norm, GELU.
+    """The mapping network (paper 3.1) mixes the scene and the landmarks into every frame's
+    conditioning. Four residual blocks (paper 4.1). The paper is silent on fusion, width and
+    activation: concatenated, at the transformer's width, pre-norm, GELU.
 
-    Both signals come in normalised by statistics of the training set: buffers that train.py fills
-    and the model file keeps. The landmarks are whitened: LANDMARK_COMPONENTS principal components,
-    each of unit variance, or 0 if it hardly varies there; eyelids and gaze would else be drowned by
-    the head's movements. The scene is centred, since CLIP vectors of faces are all alike, and
-    scaled to the same total variance. The null vectors stand for normalised signals."""
+    Both signals are normalised by statistics of the training set, which the model file keeps. The
+    landmarks are whitened; eyelids and gaze would else be drowned by the head's movements. The
+    scene is centred, since CLIP vectors of faces are all alike, and scaled to the same total
+    variance."""
 
     def __init__(self, width, scene_width, blocks=4):
         super().__init__()
@@ -441,12 +439,11 @@ class SDiT(nn.Module):
     def forward(self, latents, timesteps, conditioning, anchor=None):
         """One denoising evaluation, and the definition of anchoring.
 
-        latents (B, T, C, H, W), timesteps (B,) integers in 0..999, conditioning (B, T, D) from
-        `self.mapping`. With `anchor`, a slot, rows 1.. take row 0's conditioning of that slot,
-        once, and row 0's tokens of it after the input embedding and after every block (Eq. 3; 3.2:
-        "in all layers throughout the model architecture"). Returns (B, T, 2C, H, W): the noise,
-        then v in about -1..1, the learned sigma: trained by `train.variational_bound` (see
-        `NoiseSchedule.log_variance`), read in sampling by `sample.ddpm` alone."""
+        latents (B, T, C, H, W), timesteps (B,) in 0..999, conditioning (B, T, D) from
+        `self.mapping`. With `anchor`, a slot, rows 1.. take row 0's conditioning of it, once, and
+        row 0's tokens of it after the input embedding and after every block (Eq. 3; "in all layers
+        throughout the model architecture"). Returns (B, T, 2C, H, W): the noise, then the learned
+        sigma (see `NoiseSchedule.log_variance`)."""
         latents = override(latents, anchor)  # (B, T, C, H, W)
 
         # timestep and conditioning are added, as DiT adds its class (the paper does not say how
@@ -467,12 +464,11 @@ class SDiT(nn.Module):
         return self._forward_bank(latents, timesteps, conditioning, time_position, anchor, None)
 
     def forward_rest(self, latents, timesteps, conditioning, anchor, anchor_kv):
-        """`forward` of rows 1.. without their anchor slots: latents (B, T - 1, C, H, W) -> (B, T -
-        1, 2C, H, W).
+        """`forward` of rows 1.. without their anchors: latents (B, T - 1, C, H, W) -> (.., 2C, H,
+        W).
 
-        The same function as `forward` with `anchor`: what rows 1.. compute for their anchor is
-        thrown away in every layer, so they need only read its keys and values, `anchor_kv` from
-        `forward_first` at the same timestep."""
+        What they compute for their anchor is thrown away in every layer. So they need only read its
+        keys and values: `anchor_kv`, from `forward_first` at the same timestep."""
         before, after = (
             self.time_position[:anchor],
             self.time_position[anchor + 1 : latents.shape[1] + 1],

@@ -54,7 +54,8 @@ class Bench:
         try:
             yield
         except Exception as e:
-            traceback.print_exc()
+            if not isinstance(e, sdit.UserError):
+                traceback.print_exc()
             self.add(part, case, failed=f"{type(e).__name__}: {str(e).partition(chr(10))[0]}")
         if self.cuda:
             torch.cuda.empty_cache()
@@ -120,9 +121,8 @@ def equality(bench):
         )
         latent = sample.sample_video(model, conditions, settings)
         banked = torch.stack([latent(f) for f in range(M)])
-        plain = torch.stack(
-            [plain[tuple(place)] for place in sorted(zip(*keep.nonzero()), key=lambda p: rows[p])]
-        ).cpu()
+        order = torch.from_numpy(rows[keep].argsort())
+        plain = plain.cpu()[torch.from_numpy(keep)][order]
         values = dict(bank_against_rule=relative(banked, plain))
         results[dtype] = plain
         if dtype is torch.bfloat16:
@@ -207,7 +207,8 @@ def sampling(bench):
     dtype = torch.bfloat16 if sdit.has_bf16(bench.device.type) else torch.float32
     model = bench.model(8, dtype)
     widths = (128, 256, 512, 512) if bench.cuda else (32, 32, 32, 32)
-    autoencoder = sdit.AutoencoderKL(sdit.AutoencoderConfig(widths)).to(bench.device).eval()
+    autoencoder = sdit.AutoencoderKL(sdit.AutoencoderConfig(widths)).eval()
+    autoencoder.to(bench.device, memory_format=torch.channels_last)
     per_frame_step = None
     for M in bench.a.videos:
         conditions = [torch.randn(M, model.config.width).to(bench.device, dtype) for _ in range(2)]
