@@ -352,9 +352,9 @@ def sample_rest(model, x, frames, conditions, settings, anchor, bank, progress=l
 def sample_multidiffusion(model, x, conditions, settings, chunk, progress=lambda: None):
     """MultiDiffusion (Bar-Tal et al. 2023), to compare with: x (M, C, H, W), the whole video; what
     the windows that hold a frame predict for it is averaged, every step. conditions (M, D)."""
-    windows = torch.from_numpy(plan_windows(len(x), model.config.frames))  # (windows, T)
-    counts = torch.bincount(windows.flatten(), minlength=len(x)).view(-1, 1, 1, 1)
-    windows, counts = sdit.send(windows, x.device), sdit.send(counts, x.device)
+    windows = plan_windows(len(x), model.config.frames)  # (windows, T)
+    counts = np.bincount(windows.ravel(), minlength=len(x)).reshape(-1, 1, 1, 1)
+    windows, counts = (sdit.send(torch.from_numpy(n), x.device) for n in (windows, counts))
 
     def evaluate(i, x, t):
         total = x.new_zeros(len(x), 2 * x.shape[1], *x.shape[2:])

@@ -368,7 +368,7 @@ def test_a_process_without_a_gpu(monkeypatch):
 def test_blocks_are_compiled_whole(monkeypatch):
     """On a GPU by default, and not cut where DistributedDataParallel exchanges gradients."""
     compiled = []
-    monkeypatch.setattr(sdit.Block, "compile", compiled.append)
+    monkeypatch.setattr(sdit.Block, "compile", lambda block: compiled.append(block))
     monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
     cpu, cuda = (type("Schedule", (), dict(beta=type("Beta", (), dict(is_cuda=x))))() for x in (False, True))
     for schedule, wanted, count in ((cpu, None, 0), (cuda, False, 0), (cpu, True, 2), (cuda, None, 2)):
