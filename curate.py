@@ -488,17 +488,22 @@ def get_landmarker():
     return data.FaceLandmarker()
 
 
+def get_device():
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    return f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+
+
 @functools.cache
 def get_encoder(path):
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    return data.SceneEncoder(sdit.fetch(path), f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
+    return data.SceneEncoder(sdit.fetch(path), get_device())
 
 
 @functools.cache
 def get_net(name, folder):
     """A network of evaluate.py whose weights lie in `folder`, or None."""
     import evaluate
-    return getattr(evaluate, f"load_{name}")(folder) if folder else None
+    device = dict(device=get_device()) if name == "hyperiqa" else {}
+    return getattr(evaluate, f"load_{name}")(folder, **device) if folder else None
 
 
 STAGES = dict(detect=(detect, ("min_seconds", "min_side")), validate=(validate, ("clip", "arcface", "hyperiqa")),

@@ -678,7 +678,7 @@ def to_images(tensor):
 
 def peak_memory(device="cpu"):
     """GiB: of the GPU's allocator, or of the process."""
-    if device == "cuda":
+    if str(device).startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2 ** 30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
@@ -696,7 +696,8 @@ class Stopwatch:
         self.seconds[part] += time.perf_counter() - began
 
     def __str__(self):
-        return ", ".join(f"{part} {s:.1f} s" for part, s in self.seconds.items()) + f"; peak memory {peak_memory():.1f} GiB"
+        gpu = f", of the GPU {peak_memory('cuda'):.1f}" if torch.cuda.is_available() else ""
+        return ", ".join(f"{part} {s:.1f} s" for part, s in self.seconds.items()) + f"; peak memory {peak_memory():.1f} GiB" + gpu
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -875,7 +876,9 @@ def blame(error, path):
     """Why the clip at `path` is left out for good; or raise the error, if the machine is at fault: memory, disk, a folder that
     is away, weights that are torn. The next run tries that again."""
     causes = [error, error.__cause__, error.__context__]
-    at_fault = any(isinstance(c, MemoryError | torch.OutOfMemoryError | torch.AcceleratorError) or getattr(c, "errno", 0) in MACHINE for c in causes)
+    memory = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+    gpu = isinstance(error, RuntimeError) and any(name in str(error).lower() for name in ("cuda", "cudnn", "cublas"))
+    at_fault = gpu or any(isinstance(c, memory) or getattr(c, "errno", 0) in MACHINE for c in causes)
     gone = not path.is_file() and not path.is_symlink()                         # a link to nothing is to blame itself
     if at_fault or gone or isinstance(error, UserError) and path.name not in str(error):
         raise UserError(f"{path}: {type(error).__name__ if at_fault else error}, which is not the clip's fault; "

@@ -1,17 +1,20 @@
-"""The model: sDiT, the diffusion transformer for short sequences of frames, and the autoencoder of its latents.
+"""The model: sDiT, the diffusion transformer for short sequences of frames, and the autoencoder of
+its latents.
 
-The networks, their files, and what every script needs (`run_main`, `fetch`); no video, no sampling loop. Read it in this order:
+The networks, their files, and what every script needs (`run_main`, `fetch`); no video, no sampling
+loop. Read it in this order:
 
     SDiTConfig, make_config     the sizes, "XL/2" ... "demo"
     Attention, Block, Mapping   the building blocks
-    SDiT                        the denoiser (paper 3.1) with the override of the anchor (paper 3.2) in `forward`
+    SDiT                        the denoiser (paper 3.1); `forward` overrides the anchor (paper 3.2)
     NoiseSchedule               the diffusion process that it inverts
     AutoencoderKL               pixels <-> latents (the network of Stable Diffusion)
     save_model, load_model      safetensors files that carry their own configuration
 
-Shapes use one alphabet in the whole repository: B rows (sequences in a batch), T frames in a row, N tokens of a frame,
-D width, (C, H, W) the latent of a frame, M frames of a whole video, S width of the scene vector, 478 landmarks.
-"""
+Shapes use one alphabet in the whole repository: B rows (sequences in a batch), T frames in a row, N
+tokens of a frame, D width, (C, H, W) the latent of a frame, M frames of a whole video, S width of
+the scene vector, 478 landmarks."""
+
 import argparse
 import contextlib
 import ctypes
@@ -41,8 +44,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-LANDMARKS = 478                                    # points of MediaPipe's face mesh with irises (paper 4.2)
-LANDMARK_COMPONENTS = 64                           # principal components of them that the mapping network reads
+LANDMARKS = 478  # points of MediaPipe's face mesh with irises (paper 4.2)
+LANDMARK_COMPONENTS = 64  # principal components of them that the mapping network reads
 
 
 class UserError(ValueError):
@@ -54,33 +57,37 @@ class UserError(ValueError):
 
 
 def has_bf16(device):
-    """Whether the device multiplies matrices in bfloat16 in hardware; elsewhere it is slower than float32."""
+    """Whether the device multiplies matrices in bfloat16 in hardware; elsewhere it is slower than
+    float32."""
     if device == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Configuration
+
 
 @dataclass
 class SDiTConfig:
     """What a model file needs to say about itself; travels as JSON in its metadata."""
+
     name: str = "XL/2"
     depth: int = 28
-    width: int = 1152                              # D
+    width: int = 1152  # D
     heads: int = 16
     patch: int = 2
-    frames: int = 8                                # T
-    latent_channels: int = 4                       # C
-    latent_size: int = 32                          # H = W
-    scene_width: int = 768                         # S, CLIP ViT-L/14
-    autoencoder: str = ""                          # file name and sha256 of what the latents and the scenes were made with
+    frames: int = 8  # T
+    latent_channels: int = 4  # C
+    latent_size: int = 32  # H = W
+    scene_width: int = 768  # S, CLIP ViT-L/14
+    autoencoder: str = ""  # file name and sha256 of what the latents and the scenes were made with
     autoencoder_sha256: str = ""
     clip: str = ""
     clip_sha256: str = ""
-    prediction: str = "epsilon"                    # or "v", see `SDiT.predict_noise`
-    scene_mean: list = dataclasses.field(default_factory=list)  # mean scene vector of the training set (S numbers): tells train.py its data
+    prediction: str = "epsilon"  # or "v", see `SDiT.predict_noise`
+    # mean scene vector of the training set (S numbers): tells train.py its data
+    scene_mean: list = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
         if self.prediction not in ("epsilon", "v"):
@@ -92,39 +99,58 @@ class SDiTConfig:
         return (self.latent_size // self.patch) ** 2
 
 
-# Depth, width, heads as in DiT, which the paper extends (paper 4.1: "sDiT-XL"; its numbers are DiT-XL's).
+# Depth, width, heads as in DiT, which the paper extends (paper 4.1: "sDiT-XL"; its numbers are
+# DiT-XL's).
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-DEMO_SIZE = dict(depth=6, width=160, heads=4, patch=2, latent_channels=6, latent_size=16, scene_width=128)
+DEMO_SIZE = dict(
+    depth=6, width=160, heads=4, patch=2, latent_channels=6, latent_size=16, scene_width=128
+)
 
 
 def make_config(name, frames=8, **rest):
-    """Configuration by name: "S/2" ... "XL/8" (paper D: 256 pixels, so latents 4 x 32 x 32) or "demo"."""
+    """Configuration by name: "S/2" ... "XL/8" (paper D: 256 pixels, so latents 4 x 32 x 32) or
+    "demo"."""
     size, _, patch = name.partition("/")
     if name == "demo":
         config = SDiTConfig(name=name, frames=frames, **DEMO_SIZE | rest)
     elif size in SIZES and patch in ("2", "4", "8"):
         depth, width, heads = SIZES[size]
-        config = SDiTConfig(name=name, depth=depth, width=width, heads=heads, patch=int(patch), frames=frames, **rest)
+        config = SDiTConfig(
+            name=name,
+            depth=depth,
+            width=width,
+            heads=heads,
+            patch=int(patch),
+            frames=frames,
+            **rest,
+        )
     else:
-        raise UserError(f"no model size {name!r}; choose demo or one of {', '.join(SIZES)} with /2, /4 or /8, as in XL/2")
+        raise UserError(
+            f"no model size {name!r}; choose demo or one of {', '.join(SIZES)} with /2, /4 or /8, as in XL/2"
+        )
     if config.latent_size % config.patch:
-        raise UserError(f"patches of {config.patch} do not divide latents of {config.latent_size} x {config.latent_size}; choose another size of "
-                        f"patches, or cache clips at another --size")
+        raise UserError(
+            f"patches of {config.patch} do not divide latents of {config.latent_size} x {config.latent_size}; choose another size of "
+            f"patches, or cache clips at another --size"
+        )
     return config
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Building blocks
 
+
 def sinusoid(width, positions):
-    """Sine-cosine encoding: (P,) positions -> (P, width), sines in the first half, cosines in the second."""
+    """Sine-cosine encoding: (P,) positions -> (P, width), sines in the first half, cosines in the
+    second."""
     rate = 1e4 ** (-torch.arange(width // 2, dtype=torch.float64) / (width // 2))
     angle = positions.double()[:, None] * rate
     return torch.cat([angle.sin(), angle.cos()], 1).float()
 
 
 def spatial_encoding(width, side):
-    """Fixed 2-D sine-cosine encoding of a side x side grid, (side * side, width): first half x, second half y.
+    """Fixed 2-D sine-cosine encoding of a side x side grid, (side * side, width): first half x,
+    second half y.
 
     The paper is silent; this is DiT's."""
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
@@ -137,8 +163,9 @@ def modulate(x, shift, scale):
 
 
 class Attention(nn.Module):
-    """Joint space-time attention: every token of a row attends to all T * N (paper silent on the scope; 3.2 speaks of
-    tokens that "attend to and align with the anchor tokens", across frames)."""
+    """Joint space-time attention: every token of a row attends to all T * N (paper silent on the
+    scope; 3.2 speaks of tokens that "attend to and align with the anchor tokens", across frames).
+    """
 
     def __init__(self, width, heads):
         super().__init__()
@@ -147,23 +174,34 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, bank_slot=None, anchor_kv=None):
-        """x (B, T, N, D) -> the same shape, and the keys and values (2, 1, heads, N, D / heads) of slot `bank_slot` in row 0, if one
-        is named. `anchor_kv`, of that shape, is read by every row beside its own keys and values (x then lacks the anchor's slot: T
-        here is one less)."""
+        """x (B, T, N, D) -> the same shape, and the keys and values (2, 1, heads, N, D / heads) of
+        slot `bank_slot` in row 0, if one is named. `anchor_kv`, of that shape, is read by every row
+        beside its own keys and values (x then lacks the anchor's slot: T here is one less)."""
         B, T, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, T * N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)   # (B, heads, TN, d)
+
+        # unbound here, before the transpose: the backward pass then writes the gradient of qkv once
+        parts = self.qkv(x).view(B, T * N, 3, self.heads, D // self.heads).unbind(2)
+        q, k, v = (z.transpose(1, 2) for z in parts)  # (B, heads, TN, d)
+
         # of row 0 alone: (2, 1, heads, N, d)
-        banked = None if bank_slot is None else torch.stack([z[:1, :, bank_slot * N:(bank_slot + 1) * N] for z in (k, v)])
-        if anchor_kv is not None:                                               # (B, heads, TN + N, d); the order of keys is of no importance
-            k, v = (torch.cat([own, shared.expand(B, -1, -1, -1)], 2) for own, shared in zip((k, v), anchor_kv))
+        banked = (
+            None
+            if bank_slot is None
+            else torch.stack([z[:1, :, bank_slot * N : (bank_slot + 1) * N] for z in (k, v)])
+        )
+        if anchor_kv is not None:  # (B, heads, TN + N, d); the order of keys is of no importance
+            k, v = (
+                torch.cat([own, shared.expand(B, -1, -1, -1)], 2)
+                for own, shared in zip((k, v), anchor_kv)
+            )
 
         # training on a CPU: the fused kernel's backward pass is slower there than plain products
         if q.requires_grad and q.device.type == "cpu" and q.dtype is torch.bfloat16:
-            with torch.autocast("cpu", enabled=False):                          # softmax in bfloat16
-                scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)        # (B, heads, TN, TN)
-                x = scores.softmax(-1) @ v                                      # (B, heads, TN, d)
+            with torch.autocast("cpu", enabled=False):  # softmax in bfloat16
+                scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, TN, TN)
+                x = scores.softmax(-1) @ v  # (B, heads, TN, d)
         else:
-            x = F.scaled_dot_product_attention(q, k, v)                         # (B, heads, TN, d)
+            x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, TN, d)
 
         return self.proj(x.transpose(1, 2).reshape(B, T, N, D)), banked
 
@@ -179,8 +217,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """DiT's adaLN-Zero block, with shift, scale and gate of its own for every frame (paper 3.1: "per-frame conditioning
-    signals (C_t), incorporated into our sDiT through adaptive layer normalization")."""
+    """DiT's adaLN-Zero block, with shift, scale and gate of its own for every frame (paper 3.1:
+    "per-frame conditioning signals (C_t), incorporated into our sDiT through adaptive layer
+    normalization")."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -189,8 +228,12 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c, bank_slot=None, anchor_kv=None):
-        """Tokens x (B, T, N, D), conditioning plus timestep c (B, T, D); see `Attention.forward` for the rest."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).unsqueeze(2).chunk(6, -1)  # (B, T, 1, D)
+        """Tokens x (B, T, N, D), conditioning plus timestep c (B, T, D); see `Attention.forward`
+        for the rest."""
+        # (B, T, 1, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            self.adaLN_modulation(c).unsqueeze(2).chunk(6, -1)
+        )
         y, banked = self.attn(modulate(x, shift1, scale1), bank_slot, anchor_kv)
         x = x + gate1 * y
         return x + gate2 * self.mlp(modulate(x, shift2, scale2)), banked
@@ -203,8 +246,8 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c).unsqueeze(2).chunk(2, -1)       # (B, T, 1, D)
-        return self.linear(modulate(x, shift, scale))                           # (B, T, N, p * p * 2C)
+        shift, scale = self.adaLN_modulation(c).unsqueeze(2).chunk(2, -1)  # (B, T, 1, D)
+        return self.linear(modulate(x, shift, scale))  # (B, T, N, p * p * 2C)
 
 
 class PatchEmbed(nn.Module):
@@ -213,9 +256,9 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, width, patch, stride=patch)
 
     def forward(self, latents):
-        B, T = latents.shape[:2]                                                # of (B, T, C, H, W)
-        x = self.proj(latents.flatten(0, 1))                                    # (BT, D, H / p, W / p)
-        return x.flatten(2).transpose(1, 2).unflatten(0, (B, T))                # (B, T, N, D)
+        B, T = latents.shape[:2]  # of (B, T, C, H, W)
+        x = self.proj(latents.flatten(0, 1))  # (BT, D, H / p, W / p)
+        return x.flatten(2).transpose(1, 2).unflatten(0, (B, T))  # (B, T, N, D)
 
 
 class TimestepEmbedder(nn.Module):
@@ -224,8 +267,11 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, timesteps):
-        """(B,) integers -> (B, D). The angles are taken in float32 whatever the precision of the weights."""
-        rate = torch.exp(-math.log(1e4) / 128 * torch.arange(128, dtype=torch.float32, device=timesteps.device))
+        """(B,) integers -> (B, D). The angles are taken in float32 whatever the precision of the
+        weights."""
+        rate = torch.exp(
+            -math.log(1e4) / 128 * torch.arange(128, dtype=torch.float32, device=timesteps.device)
+        )
         angle = timesteps.float()[:, None] * rate
         return self.mlp(torch.cat([angle.cos(), angle.sin()], 1).to(self.mlp[0].weight.dtype))
 
@@ -241,15 +287,14 @@ class ResidualMLP(nn.Module):
 
 
 class Mapping(nn.Module):
-    """The mapping network (paper 3.1): mixes the global signal G, the scene, with the local signals L_t, the landmarks,
-    into the conditioning C_t of every frame. Four residual blocks (paper 4.1). The paper is silent on fusion, width and
-    activation; we concatenate, at the transformer's width, pre-norm, GELU.
+    """The mapping network (paper 3.1) mixes the scene and the landmarks into every frame's
+    conditioning. Four residual blocks (paper 4.1). The paper is silent on fusion, width and
+    activation: concatenated, at the transformer's width, pre-norm, GELU.
 
-    Both signals come in normalised by statistics of the training set: buffers that train.py fills
-    and the model file keeps. The landmarks are whitened: LANDMARK_COMPONENTS principal components,
-    each of unit variance, or 0 if it hardly varies there; eyelids and gaze would else be drowned by
-    the head's movements. The scene is centred, since CLIP vectors of faces are all alike, and
-    scaled to the same total variance. The null vectors stand for normalised signals."""
+    Both signals are normalised by statistics of the training set, which the model file keeps. The
+    landmarks are whitened; eyelids and gaze would else be drowned by the head's movements. The
+    scene is centred, since CLIP vectors of faces are all alike, and scaled to the same total
+    variance."""
 
     def __init__(self, width, scene_width, blocks=4):
         super().__init__()
@@ -261,26 +306,30 @@ class Mapping(nn.Module):
         self.register_buffer("landmark_mean", torch.zeros(LANDMARKS, 3))
         self.register_buffer("landmark_basis", torch.eye(3 * LANDMARKS, LANDMARK_COMPONENTS))
         self.register_buffer("scene_mean", torch.zeros(scene_width))
-        self.register_buffer("scene_gain", torch.tensor(LANDMARK_COMPONENTS ** 0.5))
+        self.register_buffer("scene_gain", torch.tensor(LANDMARK_COMPONENTS**0.5))
 
         # At the start C_t's entries vary by about 1, those of t's embedding by this: two layers of
         # standard deviation 0.02, SiLU's slope of 1/2, and the 96 of its 128 waves that turn.
-        self.register_buffer("output_gain", torch.tensor(0.02 ** 2 / 2 * math.sqrt(96 * width)))
+        self.register_buffer("output_gain", torch.tensor(0.02**2 / 2 * math.sqrt(96 * width)))
 
     def forward(self, scene=None, landmarks=None, drop=None):
-        """scene (B, S), landmarks (B, T, 478, 3), either or both None; `drop` (B,) bool marks rows that lose both.
+        """scene (B, S), landmarks (B, T, 478, 3), either or both None; `drop` (B,) bool marks rows
+        that lose both.
 
-        Returns the conditioning (B, T, D); where the landmarks are None, T is 1, and where both are, B is 1 too."""
+        Returns the conditioning (B, T, D); where the landmarks are None, T is 1, and where both
+        are, B is 1 too."""
         if scene is None:
             scene = self.null_scene[None]
         else:
-            scene = (scene - self.scene_mean) * self.scene_gain                 # (B, S)
+            scene = (scene - self.scene_mean) * self.scene_gain  # (B, S)
 
         if landmarks is None:
             landmarks = self.null_landmarks[None, None]
         else:
-            with torch.autocast(landmarks.device.type, enabled=False):          # bfloat16 would round small movements away
-                landmarks = (landmarks - self.landmark_mean).flatten(2) @ self.landmark_basis  # (B, T, LANDMARK_COMPONENTS)
+            # bfloat16 would round small movements away
+            with torch.autocast(landmarks.device.type, enabled=False):
+                # (B, T, LANDMARK_COMPONENTS)
+                landmarks = (landmarks - self.landmark_mean).flatten(2) @ self.landmark_basis
 
         if drop is not None:
             scene = torch.where(drop[:, None], self.null_scene, scene)
@@ -288,23 +337,32 @@ class Mapping(nn.Module):
 
         B, T = max(len(scene), len(landmarks)), landmarks.shape[1]
         scene, landmarks = scene[:, None].expand(B, T, -1), landmarks.expand(B, T, -1)
-        mixed = self.input(torch.cat([scene, landmarks], -1))                   # (B, T, D)
+        mixed = self.input(torch.cat([scene, landmarks], -1))  # (B, T, D)
         return self.blocks(mixed) * self.output_gain
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model
 
+
 def override(x, anchor):
-    """Eq. 3: the anchor slot of every row becomes that of row 0. x (B, T, ...); `anchor` a slot, or None for nothing. Attention stays within a
-    row, so row 0 is what it would be alone, and all other rows read of it, in every layer, nothing but this slot."""
+    """Eq. 3: the anchor slot of every row becomes that of row 0. x (B, T, ...); `anchor` a slot, or
+    None for nothing. Attention stays within a row, so row 0 is what it would be alone, and all
+    other rows read of it, in every layer, nothing but this slot."""
     if anchor is None:
         return x
-    return torch.cat([x[:, :anchor], x[:1, anchor:anchor + 1].expand_as(x[:, anchor:anchor + 1]), x[:, anchor + 1:]], 1)
+    return torch.cat(
+        [
+            x[:, :anchor],
+            x[:1, anchor : anchor + 1].expand_as(x[:, anchor : anchor + 1]),
+            x[:, anchor + 1 :],
+        ],
+        1,
+    )
 
 
 class SDiT(nn.Module):
-    """Denoiser of T frames at once (paper 3.1). Parameter names follow DiT's published checkpoints."""
+    """Denoiser of T frames at once (paper 3.1). Parameters have DiT's published names."""
 
     def __init__(self, config):
         super().__init__()
@@ -313,46 +371,55 @@ class SDiT(nn.Module):
         self.t_embedder = TimestepEmbedder(D)
         self.mapping = Mapping(D, config.scene_width)
         self.blocks = nn.ModuleList([Block(D, config.heads) for _ in range(config.depth)])
-        self.final_layer = FinalLayer(D, config.patch ** 2 * 2 * config.latent_channels)
+        self.final_layer = FinalLayer(D, config.patch**2 * 2 * config.latent_channels)
         position = spatial_encoding(D, config.latent_size // config.patch)
-        self.register_buffer("position", position, persistent=False)                                       # (N, D)
-        self.register_buffer("time_position", sinusoid(D, torch.arange(config.frames)), persistent=False)  # (T, D)
+        self.register_buffer("position", position, persistent=False)  # (N, D)
+        # (T, D)
+        self.register_buffer(
+            "time_position", sinusoid(D, torch.arange(config.frames)), persistent=False
+        )
 
-        # square roots of alpha_bar and 1 - alpha_bar, (2, 1000); no buffer: `to` would round it
-        alpha_bar = NoiseSchedule().alpha_bar
-        self.roots = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()])
+        self.roots = NoiseSchedule(position.device).roots  # no buffer: `to` would round it
         self.initialise()
 
+    def _apply(self, fn, recurse=True):
+        """Of `to`: the schedule follows to the device, in a precision of its own."""
+        super()._apply(fn, recurse)
+        self.roots = NoiseSchedule(self.position.device).roots
+        return self
+
     def initialise(self):
-        """All initialisation, in forward order. Paper D: "standard weight initialization techniques from ViT"; read as
-        DiT does it: Xavier, with every block the identity and the output zero at the start."""
+        """All initialisation, in forward order. Paper D: "standard weight initialization techniques
+        from ViT"; read as DiT does it: Xavier, with every block the identity and the output zero at
+        the start."""
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
                 nn.init.zeros_(m.bias)
         w = self.x_embedder.proj.weight
-        nn.init.xavier_uniform_(w.view(w.shape[0], -1))                         # a linear layer that is written as a convolution
+        # a linear layer that is written as a convolution
+        nn.init.xavier_uniform_(w.view(w.shape[0], -1))
         nn.init.zeros_(self.x_embedder.proj.bias)
         for i in (0, 2):
             nn.init.normal_(self.t_embedder.mlp[i].weight, std=0.02)
         nn.init.normal_(self.mapping.null_scene, std=0.02)
         nn.init.normal_(self.mapping.null_landmarks, std=0.02)
-        for m in (*self.blocks, self.final_layer):                              # adaLN-Zero
+        for m in (*self.blocks, self.final_layer):  # adaLN-Zero
             nn.init.zeros_(m.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    def embed(self, latents, slots):
-        """Tokens (B, T, N, D) of latents (B, T, C, H, W) whose frames sit in `slots`, T numbers.
+    def embed(self, latents, time_position):
+        """Tokens (B, T, N, D) of latents (B, T, C, H, W), in slots encoded by time_position (T, D).
 
-        The temporal encoding (paper 3.1: TPE_1 ... TPE_T) is that of the slot, added here, at the input: the paper does
-        not say where, and leaves real time to the conditioning."""
-        position = self.position[None] + self.time_position[list(slots)][:, None]                  # (T, N, D)
+        The temporal encoding (paper 3.1: TPE_1 ... TPE_T) is that of the slot, added here, at the
+        input: the paper does not say where, and leaves real time to the conditioning."""
+        position = self.position + time_position[:, None]  # (T, N, D)
         return self.x_embedder(latents.to(position.dtype)) + position
 
     def unpatchify(self, x):
         """(B, T, N, p * p * 2C) -> (B, T, 2C, H, W)."""
         p, side = self.config.patch, self.config.latent_size // self.config.patch
-        x = x.unflatten(2, (side, side)).unflatten(4, (p, p, -1))               # (B, T, h, w, p, p, 2C)
+        x = x.unflatten(2, (side, side)).unflatten(4, (p, p, -1))  # (B, T, h, w, p, p, 2C)
         return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
     def predict_noise(self, output, latents, timesteps):
@@ -364,24 +431,26 @@ class SDiT(nn.Module):
             return output
 
         dtype = torch.promote_types(output.dtype, torch.float32)
-        roots = self.roots.to(latents.device, dtype).index_select(1, timesteps) # (2, B)
-        signal, noise = roots.view(2, -1, 1, 1, 1, 1).unbind(0)                 # (B, 1, 1, 1, 1)
-        v, sigma = output.to(dtype).chunk(2, 2)                                 # (B, T, C, H, W)
+        roots = self.roots.to(latents.device, dtype).index_select(1, timesteps)  # (2, B)
+        signal, noise = roots.view(2, -1, 1, 1, 1, 1).unbind(0)  # (B, 1, 1, 1, 1)
+        v, sigma = output.to(dtype).chunk(2, 2)  # (B, T, C, H, W)
         return torch.cat([noise * latents.to(dtype) + signal * v, sigma], 2)
 
     def forward(self, latents, timesteps, conditioning, anchor=None):
         """One denoising evaluation, and the definition of anchoring.
 
-        latents (B, T, C, H, W), timesteps (B,) integers in 0..999, conditioning (B, T, D) from `self.mapping`. With
-        `anchor`, a slot, rows 1.. take row 0's conditioning of that slot, once, and row 0's tokens of it after the input
-        embedding and after every block (Eq. 3; 3.2: "in all layers throughout the model architecture").
-        Returns (B, T, 2C, H, W): the noise, then v in about -1..1, the learned sigma: trained by `train.variational_bound`
-        (see `NoiseSchedule.log_variance`), read in sampling by `sample.ddpm` alone."""
-        latents = override(latents, anchor)                                     # (B, T, C, H, W)
+        latents (B, T, C, H, W), timesteps (B,) in 0..999, conditioning (B, T, D) from
+        `self.mapping`. With `anchor`, a slot, rows 1.. take row 0's conditioning of it, once, and
+        row 0's tokens of it after the input embedding and after every block (Eq. 3; "in all layers
+        throughout the model architecture"). Returns (B, T, 2C, H, W): the noise, then the learned
+        sigma (see `NoiseSchedule.log_variance`)."""
+        latents = override(latents, anchor)  # (B, T, C, H, W)
 
-        # timestep and conditioning are added, as DiT adds its class (the paper does not say how they meet)
-        c = override(self.t_embedder(timesteps)[:, None] + conditioning, anchor)       # (B, T, D)
-        x = override(self.embed(latents, range(latents.shape[1])), anchor)             # (B, T, N, D)
+        # timestep and conditioning are added, as DiT adds its class (the paper does not say how
+        # they meet)
+        c = override(self.t_embedder(timesteps)[:, None] + conditioning, anchor)  # (B, T, D)
+        time_position = self.time_position[: latents.shape[1]]  # (T, D)
+        x = override(self.embed(latents, time_position), anchor)  # (B, T, N, D)
         for block in self.blocks:
             x = override(block(x, c)[0], anchor)
         return self.predict_noise(self.unpatchify(self.final_layer(x, c)), latents, timesteps)
@@ -391,19 +460,27 @@ class SDiT(nn.Module):
 
         Returns the output (1, T, 2C, H, W) and the keys and values of the anchor in every block,
         (depth, 2, 1, heads, N, D / heads): one step of the anchor bank."""
-        return self._forward_bank(latents, timesteps, conditioning, range(latents.shape[1]), anchor, None)
+        time_position = self.time_position[: latents.shape[1]]  # (T, D)
+        return self._forward_bank(latents, timesteps, conditioning, time_position, anchor, None)
 
     def forward_rest(self, latents, timesteps, conditioning, anchor, anchor_kv):
-        """`forward` of rows 1.. without their anchor slots: latents (B, T - 1, C, H, W) -> (B, T - 1, 2C, H, W).
+        """`forward` of rows 1.. without their anchors: latents (B, T - 1, C, H, W) -> (.., 2C, H,
+        W).
 
-        The same function as `forward` with `anchor`: what rows 1.. compute for their anchor is thrown away in every
-        layer, so they need only read its keys and values, `anchor_kv` from `forward_first` at the same timestep."""
-        slots = [s for s in range(latents.shape[1] + 1) if s != anchor]
-        return self._forward_bank(latents, timesteps, conditioning, slots, None, anchor_kv)[0]
+        What they compute for their anchor is thrown away in every layer. So they need only read its
+        keys and values: `anchor_kv`, from `forward_first` at the same timestep."""
+        before, after = (
+            self.time_position[:anchor],
+            self.time_position[anchor + 1 : latents.shape[1] + 1],
+        )
+        time_position = torch.cat([before, after])  # (T - 1, D)
+        return self._forward_bank(latents, timesteps, conditioning, time_position, None, anchor_kv)[
+            0
+        ]
 
-    def _forward_bank(self, latents, timesteps, conditioning, slots, bank_slot, anchor_kv):
-        c = self.t_embedder(timesteps)[:, None] + conditioning                  # (B, T or T - 1, D)
-        x, bank = self.embed(latents, slots), []                                # (B, T or T - 1, N, D)
+    def _forward_bank(self, latents, timesteps, conditioning, time_position, bank_slot, anchor_kv):
+        c = self.t_embedder(timesteps)[:, None] + conditioning  # (B, T or T - 1, D)
+        x, bank = self.embed(latents, time_position), []  # (B, T or T - 1, N, D)
         for i, block in enumerate(self.blocks):
             x, kv = block(x, c, bank_slot, None if anchor_kv is None else anchor_kv[i])
             bank.append(kv)
@@ -411,26 +488,34 @@ class SDiT(nn.Module):
         return output, None if bank_slot is None else torch.stack(bank)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The diffusion process
 
+
 class NoiseSchedule:
-    """DiT's process (paper D: "We retain diffusion hyperparameters from DiT, including t_max = 1000 and a learned sigma
-    routine"): beta from 1e-4 to 0.02, linear. All attributes are float64 tensors (1000,)."""
+    """DiT's process (paper D: "We retain diffusion hyperparameters from DiT, including t_max = 1000
+    and a learned sigma routine"): beta from 1e-4 to 0.02, linear. All attributes are tensors
+    (.., 1000): float64, and float32 on a GPU, which is slow at float64."""
 
     steps = 1000
 
     def __init__(self, device="cpu"):
-        self.beta = torch.linspace(1e-4, 0.02, self.steps, dtype=torch.float64, device="cpu")
-        self.alpha_bar = torch.cumprod(1 - self.beta, 0)
-        previous = torch.cat([self.alpha_bar.new_ones(1), self.alpha_bar[:-1]])
-        # q(x_{t-1} | x_t, x_0) = N(mean_x0 * x_0 + mean_xt * x_t, posterior_variance): DDPM, Eq. 6 and 7
-        self.posterior_variance = self.beta * (1 - previous) / (1 - self.alpha_bar)
-        self.mean_x0 = self.beta * previous.sqrt() / (1 - self.alpha_bar)
-        self.mean_xt = (1 - previous) * (1 - self.beta).sqrt() / (1 - self.alpha_bar)
-        self.posterior_variance[0] = self.posterior_variance[1]                 # it is 0 at t = 0, and its logarithm is needed
+        beta = torch.linspace(1e-4, 0.02, self.steps, dtype=torch.float64, device="cpu")
+        alpha_bar = torch.cumprod(1 - beta, 0)
+        previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+        self.beta, self.alpha_bar = beta, alpha_bar
+        self.roots = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()])  # of signal and noise
+
+        # q(x_{t-1} | x_t, x_0) = N(mean_x0 * x_0 + mean_xt * x_t, posterior_variance): DDPM, Eq. 6,
+        # 7
+        self.posterior_variance = beta * (1 - previous) / (1 - alpha_bar)
+        self.posterior_variance[0] = self.posterior_variance[1]  # 0 there has no logarithm
+        self.mean_x0 = beta * previous.sqrt() / (1 - alpha_bar)
+        self.mean_xt = (1 - previous) * (1 - beta).sqrt() / (1 - alpha_bar)
+
+        dtype = torch.float32 if torch.device(device).type == "cuda" else torch.float64
         for name, value in vars(self).items():
-            setattr(self, name, value.to(device))
+            setattr(self, name, value.to(device, dtype))
 
     def at(self, values, t, like):
         """values (1000,) at timesteps t (B,), shaped to multiply `like` (B, ...)."""
@@ -438,30 +523,36 @@ class NoiseSchedule:
 
     def add_noise(self, x0, noise, t):
         """x_t of clean latents x0 (B, ...) at timesteps t (B,)."""
-        return self.at(self.alpha_bar.sqrt(), t, x0) * x0 + self.at((1 - self.alpha_bar).sqrt(), t, x0) * noise
+        signal, sigma = (self.at(root, t, x0) for root in self.roots)
+        return signal * x0 + sigma * noise
 
     def predict_x0(self, xt, noise, t):
         """The clean latents that x_t and its noise imply."""
-        return (xt - self.at((1 - self.alpha_bar).sqrt(), t, xt) * noise) / self.at(self.alpha_bar.sqrt(), t, xt)
+        signal, sigma = (self.at(root, t, xt) for root in self.roots)
+        return (xt - sigma * noise) / signal
 
     def log_variance(self, v, t):
-        """Learned sigma: v in -1..1 interpolates between the logarithms of the posterior variance and of beta
-        (Improved DDPM, Eq. 15)."""
+        """Learned sigma: v in -1..1 interpolates between the logarithms of the posterior variance
+        and of beta (Improved DDPM, Eq. 15)."""
         low, high = self.at(self.posterior_variance.log(), t, v), self.at(self.beta.log(), t, v)
         return low + (v + 1) / 2 * (high - low)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The autoencoder: Stable Diffusion's AutoencoderKL (paper 3.1 and D), by hand, with the names of its published weights
+# --------------------------------------------------------------------------------------------------
+# The autoencoder: Stable Diffusion's AutoencoderKL (paper 3.1 and D), by hand, with the names of
+# its published weights
+
 
 @dataclass
 class AutoencoderConfig:
-    """The defaults are the network of sd-vae-ft-mse and sd-vae-ft-ema: 256 pixels -> 4 x 32 x 32."""
-    widths: tuple = (128, 256, 512, 512)           # one level each; every level but the last halves the picture
-    layers: int = 2                                # residual blocks a level (the decoder has one more)
+    """The defaults are those of sd-vae-ft-mse and sd-vae-ft-ema: 256 pixels -> 4 x 32 x 32."""
+
+    # one level each; every level but the last halves the picture
+    widths: tuple = (128, 256, 512, 512)
+    layers: int = 2  # residual blocks a level (the decoder has one more)
     latent_channels: int = 4
     groups: int = 32
-    scale: float = 0.18215                         # latents are multiplied by it, so that their spread is about 1
+    scale: float = 0.18215  # latents are multiplied by it, so that their spread is about 1
 
     @property
     def factor(self):
@@ -492,7 +583,8 @@ class SpatialAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, x):
-        y = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]              # (B, 1, HW, width): a single head
+        # (B, 1, HW, width): a single head
+        y = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]
         y = self.to_out[0](F.scaled_dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y)))
         return x + y[:, 0].transpose(1, 2).view_as(x)
 
@@ -503,7 +595,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
     def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))                                # right and bottom only, as published
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, as published
 
 
 class Upsample(nn.Module):
@@ -516,18 +608,25 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then a halving or doubling of it; the names are those of the published files."""
+    """Residual blocks at one resolution, then a halving or doubling of it; the names are those of
+    the published files."""
 
     def __init__(self, inputs, outputs, layers, groups, resample=None):
         super().__init__()
-        self.resnets = nn.ModuleList([ResnetBlock(outputs if i else inputs, outputs, groups) for i in range(layers)])
+        self.resnets = nn.ModuleList(
+            [ResnetBlock(outputs if i else inputs, outputs, groups) for i in range(layers)]
+        )
         if resample is Downsample:
             self.downsamplers = nn.ModuleList([Downsample(outputs)])
         elif resample is Upsample:
             self.upsamplers = nn.ModuleList([Upsample(outputs)])
 
     def forward(self, x):
-        for m in (*self.resnets, *getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
+        for m in (
+            *self.resnets,
+            *getattr(self, "downsamplers", ()),
+            *getattr(self, "upsamplers", ()),
+        ):
             x = m(x)
         return x
 
@@ -547,16 +646,20 @@ class Encoder(nn.Module):
         super().__init__()
         w, last = c.widths, len(c.widths) - 1
         self.conv_in = nn.Conv2d(3, w[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList([Level(w[max(i - 1, 0)], w[i], c.layers, c.groups, Downsample if i < last else None)
-                                          for i in range(len(w))])
+        self.down_blocks = nn.ModuleList(
+            [
+                Level(w[max(i - 1, 0)], w[i], c.layers, c.groups, Downsample if i < last else None)
+                for i in range(len(w))
+            ]
+        )
         self.mid_block = MidBlock(w[-1], c.groups)
         self.conv_norm_out = nn.GroupNorm(c.groups, w[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(w[-1], 2 * c.latent_channels, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv_in(x)                                                     # (B, w[0], h, w)
+        x = self.conv_in(x)  # (B, w[0], h, w)
         for level in self.down_blocks:
-            x = level(x)                                                        # at last (B, w[-1], H, W)
+            x = level(x)  # at last (B, w[-1], H, W)
         return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
 
 
@@ -566,21 +669,27 @@ class Decoder(nn.Module):
         w, last = c.widths[::-1], len(c.widths) - 1
         self.conv_in = nn.Conv2d(c.latent_channels, w[0], 3, padding=1)
         self.mid_block = MidBlock(w[0], c.groups)
-        self.up_blocks = nn.ModuleList([Level(w[max(i - 1, 0)], w[i], c.layers + 1, c.groups, Upsample if i < last else None)
-                                        for i in range(len(w))])
+        self.up_blocks = nn.ModuleList(
+            [
+                Level(
+                    w[max(i - 1, 0)], w[i], c.layers + 1, c.groups, Upsample if i < last else None
+                )
+                for i in range(len(w))
+            ]
+        )
         self.conv_norm_out = nn.GroupNorm(c.groups, w[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(w[-1], 3, 3, padding=1)
 
     def forward(self, x):
-        x = self.mid_block(self.conv_in(x))                                     # (B, w[0], H, W)
+        x = self.mid_block(self.conv_in(x))  # (B, w[0], H, W)
         for level in self.up_blocks:
-            x = level(x)                                                        # at last (B, w[-1], h, w)
+            x = level(x)  # at last (B, w[-1], h, w)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class AutoencoderKL(nn.Module):
-    """Pixels (.., 3, H * f, W * f) in [-1, 1] <-> latents (.., C, H, W) of spread about 1. Nothing outside this class knows
-    the scale of latents."""
+    """Pixels (.., 3, H * f, W * f) in [-1, 1] <-> latents (.., C, H, W) of spread about 1. Nothing
+    outside this class knows the scale of latents."""
 
     def __init__(self, config):
         super().__init__()
@@ -590,7 +699,8 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(channels, channels, 1)
 
     def moments(self, images):
-        """images (B, 3, h, w) -> mean and log-variance of the unscaled latents, (B, C, H, W) each; for its training."""
+        """images (B, 3, h, w) -> mean and log-variance of the unscaled latents, (B, C, H, W) each;
+        for its training."""
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, 1)
         return mean, logvar.clamp(-30, 20)
 
@@ -600,21 +710,29 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, images):
         """Latents of images: the mean, not a draw (paper silent; the cache stays deterministic)."""
-        return self.moments(images.flatten(0, -4))[0].unflatten(0, images.shape[:-3]) * self.config.scale
+        return (
+            self.moments(images.flatten(0, -4))[0].unflatten(0, images.shape[:-3])
+            * self.config.scale
+        )
 
     def decode(self, latents):
         """Latents (.., C, H, W) -> images (.., 3, h, w) in [-1, 1]."""
-        return self.reconstruct(latents.flatten(0, -4) / self.config.scale).unflatten(0, latents.shape[:-3]).clamp(-1, 1)
+        return (
+            self.reconstruct(latents.flatten(0, -4) / self.config.scale)
+            .unflatten(0, latents.shape[:-3])
+            .clamp(-1, 1)
+        )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files
+
 
 def hidden(path, ending):
     """A hidden file beside `path` for work on it. No process number is in its name: what a killed
     run leaves there, the next one takes over."""
     name = os.fsencode(Path(path).name)
-    if len(name) > 200:                            # file systems end at 255 bytes
+    if len(name) > 200:  # file systems end at 255 bytes
         name = b"%08x" % zlib.crc32(name)
     return Path(path).with_name(f".{os.fsdecode(name)}{ending}")
 
@@ -627,7 +745,7 @@ def atomic(path):
         yield temporary
         os.replace(temporary, path)
     except Exception as e:
-        if isinstance(e, UserError) or shutil.disk_usage(Path(path).parent).free > 2 ** 20:
+        if isinstance(e, UserError) or shutil.disk_usage(Path(path).parent).free > 2**20:
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
     finally:
@@ -636,7 +754,7 @@ def atomic(path):
 
 @contextlib.contextmanager
 def owned(path):
-    """Hold the lock of an output; a second run is refused. The system frees it when its owner dies."""
+    """Hold the lock of an output; a second run is refused. It is free when its owner dies."""
     file = hidden(path, ".lock")
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(file)
@@ -644,8 +762,10 @@ def owned(path):
         lock.acquire(timeout=0)
     except filelock.Timeout:
         owner = file.exists() and file.read_text() or "another process"
-        raise UserError(f"{path} is being made by {owner}; wait for it, or name another --out") from None
-    except NotImplementedError:                    # a file system without locks
+        raise UserError(
+            f"{path} is being made by {owner}; wait for it, or name another --out"
+        ) from None
+    except NotImplementedError:  # a file system without locks
         lock = None
     try:
         file.write_text(f"process {os.getpid()}")
@@ -659,13 +779,13 @@ def owned(path):
 def write_tensors(path, tensors, config):
     """Write a safetensors file whose metadata is `config` as JSON, whole or not at all."""
     tensors = {k: v.contiguous() for k, v in tensors.items()}
-    with atomic(path) as temporary:                # not save_file: only its owner may read those
+    with atomic(path) as temporary:  # not save_file: only its owner may read those
         temporary.write_bytes(safetensors.torch.save(tensors, {"config": json.dumps(config)}))
 
 
 def read_tensors(path):
-    """(tensors, config) of a model file: safetensors (config from its metadata, {} where there is none), or a checkpoint of
-    PyTorch, which is loaded with weights_only=True."""
+    """(tensors, config) of a model file: safetensors (config from its metadata, {} where there is
+    none), or a checkpoint of PyTorch, which is loaded with weights_only=True."""
     if not Path(path).is_file():
         raise UserError(f"no such model file: {path}")
     try:
@@ -677,18 +797,22 @@ def read_tensors(path):
         if not isinstance(config, dict):
             raise ValueError("its configuration is not one")
         return tensors, config
-    except Exception as e:                                                      # torch raises a dozen kinds for a torn file
+    except Exception as e:  # torch raises a dozen kinds for a torn file
         reason = str(e).partition("\n")[0]
-        if "weights_only" in str(e) or "Unpickl" in type(e).__name__:           # PyTorch's advice is to load it all the same
+        if (
+            "weights_only" in str(e) or "Unpickl" in type(e).__name__
+        ):  # PyTorch's advice is to load it all the same
             reason = "it holds more than tensors, or is torn"
-        raise UserError(f"{path} is not a whole file of weights, or not of weights alone ({reason}); make or fetch it again") from None
+        raise UserError(
+            f"{path} is not a whole file of weights, or not of weights alone ({reason}); make or fetch it again"
+        ) from None
 
 
 def load_pickle(path):
     """The tensors of a checkpoint of PyTorch, and nothing else that it may hold."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            if any(part.compress_type for part in archive.infolist()):          # PyTorch never does
+            if any(part.compress_type for part in archive.infolist()):  # PyTorch never does
                 raise ValueError("it is compressed")
     tensors = torch.load(path, map_location="cpu", weights_only=True)
     tensors = tensors.get("state_dict", tensors)
@@ -696,7 +820,8 @@ def load_pickle(path):
 
 
 def fill(model, tensors, path):
-    """Give `model` the weights `tensors` read from `path`, in the model's precision; names and shapes must agree."""
+    """Give `model` the weights `tensors` read from `path`, in the model's precision; names and
+    shapes must agree."""
     check_fit(model, tensors, path)
     model.load_state_dict(tensors)
     return model
@@ -707,23 +832,33 @@ def check_fit(model, tensors, path):
         shape = getattr(tensors.get(name), "shape", None)
         if shape != parameter.shape:
             found = "is missing" if shape is None else f"is {tuple(shape)}"
-            raise UserError(f"{path} does not fit this network: {name} {found}, expected {tuple(parameter.shape)}")
+            raise UserError(
+                f"{path} does not fit this network: {name} {found}, expected {tuple(parameter.shape)}"
+            )
     extra = sorted(set(tensors) - set(model.state_dict()))
     if extra:
-        raise UserError(f"{path} does not fit this network: it has {extra[0]}, which the network lacks")
+        raise UserError(
+            f"{path} does not fit this network: it has {extra[0]}, which the network lacks"
+        )
 
 
 def save_model(path, model, dtype=torch.float32):
     """Save an SDiT or an AutoencoderKL with its configuration."""
-    write_tensors(path, {k: v.to(dtype) for k, v in model.state_dict().items()}, dataclasses.asdict(model.config))
+    write_tensors(
+        path,
+        {k: v.to(dtype) for k, v in model.state_dict().items()},
+        dataclasses.asdict(model.config),
+    )
 
 
 def _load(path, device, network, config_class):
     tensors, config = read_tensors(path)
     fields = {f.name for f in dataclasses.fields(config_class)}
-    if set(config) | fields & {"prediction"} != fields:                     # older files lack it
-        raise UserError(f"{path} is not a file of the {network.__name__}: its metadata does not hold that network's configuration"
-                        + "; of a training run, give model.safetensors" * (Path(path).suffix == ".pt"))
+    if set(config) | fields & {"prediction"} != fields:  # older files lack it
+        raise UserError(
+            f"{path} is not a file of the {network.__name__}: its metadata does not hold that network's configuration"
+            + "; of a training run, give model.safetensors" * (Path(path).suffix == ".pt")
+        )
     model = build(lambda: network(check_config(config_class, config, path)), tensors, path)
     return model.to(device).eval().requires_grad_(False)
 
@@ -735,7 +870,9 @@ def build(network, tensors, path):
         with torch.device("meta"):
             outline = network()
     except (ValueError, RuntimeError, ArithmeticError, AssertionError, TypeError) as e:
-        raise UserError(f"{path} is not a model of ours: its sizes do not go together ({e})") from None
+        raise UserError(
+            f"{path} is not a model of ours: its sizes do not go together ({e})"
+        ) from None
     check_fit(outline, tensors, path)
     return fill(network(), tensors, path)
 
@@ -747,14 +884,16 @@ def is_like(value, like, name=""):
     """Whether a configuration in a file has known names, with values of the kind of those in `like`
     and of a size that a network can have."""
     if isinstance(like, dict):
-        return isinstance(value, dict) and all(k in like and is_like(v, like[k], k) for k, v in value.items())
+        return isinstance(value, dict) and all(
+            k in like and is_like(v, like[k], k) for k, v in value.items()
+        )
     if isinstance(like, list | tuple):
         first = like[0] if like else 1.0
         return isinstance(value, list | tuple) and all(is_like(v, first, name) for v in value)
     if isinstance(like, float):
         return type(value) in (int, float) and math.isfinite(value)
     if type(like) is int:
-        return type(value) is int and 1 <= value <= LARGEST.get(name, 2 ** 16)
+        return type(value) is int and 1 <= value <= LARGEST.get(name, 2**16)
     return type(value) is type(like)
 
 
@@ -765,72 +904,118 @@ def check_config(config_class, config, path):
     if good and config_class is SDiTConfig:
         good = config.width % config.heads == 0 and config.latent_size % config.patch == 0
     if not good or len(getattr(config, "widths", ())) > 8:
-        raise UserError(f"{path} is not a model of ours: its configuration holds what none can have")
+        raise UserError(
+            f"{path} is not a model of ours: its configuration holds what none can have"
+        )
     return config
 
 
 def load_model(path, device="cpu"):
-    """The SDiT of a model file, float32, in evaluation mode; its configuration is `model.config`."""
+    """The SDiT of a model file, float32, in evaluation mode."""
     return _load(path, device, SDiT, SDiTConfig)
 
 
 def load_autoencoder(path, device="cpu"):
-    """The AutoencoderKL of a model file, frozen (paper 3.1): ours, or a published one (Stable Diffusion's, any layout)."""
+    """The AutoencoderKL of a model file, frozen (paper 3.1): ours, or a published one (Stable
+    Diffusion's, any layout)."""
     tensors, config = read_tensors(path)
     if config:
-        return _load(path, device, AutoencoderKL, AutoencoderConfig).to(memory_format=torch.channels_last)
+        return _load(path, device, AutoencoderKL, AutoencoderConfig).to(
+            memory_format=torch.channels_last
+        )
     tensors = {diffusers_name(k): v for k, v in tensors.items() if not k.startswith(FOREIGN)}
-    tensors = {k: v.flatten(1) if "attentions" in k and v.dim() == 4 else v for k, v in tensors.items()}    # 1 x 1 convolutions there
+    # 1 x 1 convolutions there
+    tensors = {
+        k: v.flatten(1) if "attentions" in k and v.dim() == 4 else v for k, v in tensors.items()
+    }
     model = build(lambda: AutoencoderKL(AutoencoderConfig()), tensors, path)
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 # What else is in whole Stable Diffusion checkpoints and in training checkpoints of the autoencoder.
-FOREIGN = ("model.diffusion_model.", "model_ema.", "cond_stage_model.", "loss.", "betas", "alphas_", "sqrt_", "log_one_", "posterior_")
+FOREIGN = (
+    "model.diffusion_model.",
+    "model_ema.",
+    "cond_stage_model.",
+    "loss.",
+    "betas",
+    "alphas_",
+    "sqrt_",
+    "log_one_",
+    "posterior_",
+)
 
 
 def diffusers_name(name):
-    """Name in the diffusers layout, ours, of a tensor in that of the original code (kl-f8) or of diffusers before 0.15."""
+    """Name in the diffusers layout, ours, of a tensor in that of the original code (kl-f8) or of
+    diffusers before 0.15."""
     name = name.removeprefix("first_stage_model.")
-    name = re.sub(r"decoder\.up\.(\d)", lambda m: f"decoder.up_blocks.{3 - int(m[1])}", name)              # counted from the other end
-    for old, new in ((r"encoder\.down\.", "encoder.down_blocks."), (r"\.block\.(\d)", r".resnets.\1"), (r"nin_shortcut", "conv_shortcut"),
-                     (r"\.downsample\.", ".downsamplers.0."), (r"\.upsample\.", ".upsamplers.0."), (r"mid\.block_1", "mid_block.resnets.0"),
-                     (r"mid\.block_2", "mid_block.resnets.1"), (r"mid\.attn_1\.norm", "mid_block.attentions.0.group_norm"),
-                     (r"mid\.attn_1", "mid_block.attentions.0"), (r"coder\.norm_out", "coder.conv_norm_out"),
-                     (r"(attentions\.0)\.(?:q|query)\.", r"\1.to_q."), (r"(attentions\.0)\.(?:k|key)\.", r"\1.to_k."),
-                     (r"(attentions\.0)\.(?:v|value)\.", r"\1.to_v."), (r"(attentions\.0)\.(?:proj_out|proj_attn)\.", r"\1.to_out.0.")):
+    # counted from the other end
+    name = re.sub(r"decoder\.up\.(\d)", lambda m: f"decoder.up_blocks.{3 - int(m[1])}", name)
+    for old, new in (
+        (r"encoder\.down\.", "encoder.down_blocks."),
+        (r"\.block\.(\d)", r".resnets.\1"),
+        (r"nin_shortcut", "conv_shortcut"),
+        (r"\.downsample\.", ".downsamplers.0."),
+        (r"\.upsample\.", ".upsamplers.0."),
+        (r"mid\.block_1", "mid_block.resnets.0"),
+        (r"mid\.block_2", "mid_block.resnets.1"),
+        (r"mid\.attn_1\.norm", "mid_block.attentions.0.group_norm"),
+        (r"mid\.attn_1", "mid_block.attentions.0"),
+        (r"coder\.norm_out", "coder.conv_norm_out"),
+        (r"(attentions\.0)\.(?:q|query)\.", r"\1.to_q."),
+        (r"(attentions\.0)\.(?:k|key)\.", r"\1.to_k."),
+        (r"(attentions\.0)\.(?:v|value)\.", r"\1.to_v."),
+        (r"(attentions\.0)\.(?:proj_out|proj_attn)\.", r"\1.to_out.0."),
+    ):
         name = re.sub(old, new, name)
     return name
 
 
 def init_weights(model, path):
-    """Start training of `model` from a file: a model file of ours (all weights), or a checkpoint of DiT trained on images
-    (DiT-XL-2-256x256.pt): those are the transformer's weights; the mapping network, which DiT lacks, starts from scratch, and
-    DiT's class embedding is left out."""
+    """Start training of `model` from a file: a model file of ours (all weights), or a checkpoint of
+    DiT trained on images (DiT-XL-2-256x256.pt): those are the transformer's weights; the mapping
+    network, which DiT lacks, starts from scratch, and DiT's class embedding is left out."""
     tensors, config = read_tensors(path)
     prediction = config.get("prediction", "epsilon")
     if prediction != model.config.prediction:
         raise UserError(f"{path} predicts {prediction}; give --prediction {prediction}")
 
     if not config:
-        tensors = {k: v for k, v in tensors.items() if k not in ("pos_embed", "y_embedder.embedding_table.weight")}
+        tensors = {
+            k: v
+            for k, v in tensors.items()
+            if k not in ("pos_embed", "y_embedder.embedding_table.weight")
+        }
         tensors |= {k: v for k, v in model.state_dict().items() if k.startswith("mapping.")}
-        print(f"{path}: weights of an image model without our metadata, taken as DiT's; those are licensed CC BY-NC 4.0, not for commercial use, "
-              f"and so is what is trained from them")
+        print(
+            f"{path}: weights of an image model without our metadata, taken as DiT's; those are licensed CC BY-NC 4.0, not for commercial use, "
+            f"and so is what is trained from them"
+        )
     for part in ("autoencoder", "clip"):
         if config and config.get(f"{part}_sha256") != getattr(model.config, f"{part}_sha256"):
-            print(f"note: {path} was trained with another {part} ({config.get(part)}) than this cache was made with ({getattr(model.config, part)})")
+            print(
+                f"note: {path} was trained with another {part} ({config.get(part)}) than this cache was made with ({getattr(model.config, part)})"
+            )
     fill(model, tensors, path)
 
 
+def send(x, device):
+    """x on the device. To a GPU it goes from pinned memory, so that the host need not wait."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def get_device(name=None):
-    """torch.device of "cpu", "cuda", "cuda:1" ...; None: a GPU where there is one. UserError where it is not there."""
+    """torch.device of "cpu", "cuda", "cuda:1" ...; None: a GPU where there is one. UserError where
+    it is not there."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device)
         return device
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"no device {name} here ({str(e).partition(chr(10))[0]}); give cpu, cuda or cuda:1") from None
+        raise UserError(
+            f"no device {name} here ({str(e).partition(chr(10))[0]}); give cpu, cuda or cuda:1"
+        ) from None
 
 
 @functools.cache
@@ -840,57 +1025,80 @@ def sha256(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-HOME = os.path.expanduser("~")                     # still "~" for a user without an entry in passwd
+HOME = os.path.expanduser("~")  # still "~" for a user without an entry in passwd
 DOWNLOADS = Path(tempfile.gettempdir() if HOME == "~" else HOME) / ".cache" / "anchored-diffusion"
 HUB = "https://huggingface.co"
-# Third-party weights by name: address, pinned to a revision where one is known to us, and sha256 where it is.
+# Third-party weights by name: address, pinned to a revision where one is known to us, and sha256
+# where it is.
 WEIGHTS = {
-    "sd-vae-ft-mse": (f"{HUB}/stabilityai/sd-vae-ft-mse/resolve/31f26fdeee1355a5c34592e401dd41e45d25a493/diffusion_pytorch_model.safetensors",
-                      "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"),
-    "sd-vae-ft-ema": (f"{HUB}/stabilityai/sd-vae-ft-ema/resolve/f04b2c4b98319346dad8c65879f680b1997b204a/diffusion_pytorch_model.safetensors", None),
-    "ViT-L-14": (f"{HUB}/timm/vit_large_patch14_clip_224.openai/resolve/main/open_clip_model.safetensors", None),
+    "sd-vae-ft-mse": (
+        f"{HUB}/stabilityai/sd-vae-ft-mse/resolve/31f26fdeee1355a5c34592e401dd41e45d25a493/diffusion_pytorch_model.safetensors",
+        "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
+    ),
+    "sd-vae-ft-ema": (
+        f"{HUB}/stabilityai/sd-vae-ft-ema/resolve/f04b2c4b98319346dad8c65879f680b1997b204a/diffusion_pytorch_model.safetensors",
+        None,
+    ),
+    "ViT-L-14": (
+        f"{HUB}/timm/vit_large_patch14_clip_224.openai/resolve/main/open_clip_model.safetensors",
+        None,
+    ),
 }
 
 
 def fetch(name):
-    """Path of weights given as a file or as a name of WEIGHTS, which is downloaded once to DOWNLOADS."""
+    """Path of weights given as a file or as a name of WEIGHTS, which is downloaded once to
+    DOWNLOADS."""
     if str(name) not in WEIGHTS:
         if not Path(name).is_file():
-            raise UserError(f"no such file: {name} (and no name of weights; those are {', '.join(WEIGHTS)})")
+            raise UserError(
+                f"no such file: {name} (and no name of weights; those are {', '.join(WEIGHTS)})"
+            )
         return Path(name)
     (url, digest), path = WEIGHTS[str(name)], DOWNLOADS / f"{name}.safetensors"
     if path.is_file():
         return path
     DOWNLOADS.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{path}.lock"):                                     # of several processes, one downloads
+    with filelock.FileLock(f"{path}.lock"):  # of several processes, one downloads
         if not path.is_file():
             try:
                 torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
                 safetensors.safe_open(path, "pt")
-            except (OSError, RuntimeError, safetensors.SafetensorError) as e:   # no network; another checksum; a torn file
+            except (
+                OSError,
+                RuntimeError,
+                safetensors.SafetensorError,
+            ) as e:  # no network; another checksum; a torn file
                 path.unlink(missing_ok=True)
-                raise UserError(f"cannot download {name} ({e}); fetch {url} by hand and put it at {path}") from None
+                raise UserError(
+                    f"cannot download {name} ({e}); fetch {url} by hand and put it at {path}"
+                ) from None
     return path
 
 
 def find_weights(name, digest, beside):
-    """Path of the file `name` with the sha256 `digest`: beside the model file `beside`, in the download folder, or the demo's; or by
-    named download."""
+    """Path of the file `name` with the sha256 `digest`: beside the model file `beside`, in the
+    download folder, or the demo's; or by named download."""
     folders = [Path(beside).parent, DOWNLOADS, Path(__file__).parent / "demo"]
     for path in (folder / name for folder in folders):
         if path.is_file() and sha256(path) == digest:
             return path
-    if name.removesuffix(".safetensors") in WEIGHTS and sha256(path := fetch(name.removesuffix(".safetensors"))) == digest:
+    if (
+        name.removesuffix(".safetensors") in WEIGHTS
+        and sha256(path := fetch(name.removesuffix(".safetensors"))) == digest
+    ):
         return path
-    raise UserError(f"{beside} was made with {name} (sha256 {digest[:12]}...), which is neither beside it nor in "
-                    f"{folders[1]}; put that file there")
+    raise UserError(
+        f"{beside} was made with {name} (sha256 {digest[:12]}...), which is neither beside it nor in "
+        f"{folders[1]}; put that file there"
+    )
 
 
 # --------------------------------------------------------------------------------------------------
 # The command line
 
 while (_file := os.open(os.devnull, os.O_RDWR)) < 3:
-    pass                                           # stderr is closed: no other file may get its number
+    pass  # stderr is closed: no other file may get its number
 os.close(_file)
 for _name in ("stdout", "stderr"):
     if getattr(sys, _name) is None:
@@ -907,7 +1115,9 @@ class Parser(argparse.ArgumentParser):
             return text if shown else f"{text} (default: %(default)s)".strip()
 
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=self.Formatter, allow_abbrev=False)
+        super().__init__(
+            description=description, formatter_class=self.Formatter, allow_abbrev=False
+        )
 
     def add_argument(self, *names, **options):
         return super().add_argument(*names, **{"help": ""} | options)
@@ -920,13 +1130,15 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind, low, high=math.inf):
     """For argparse's `type`: an int or float from `low` to `high`, never nan or inf."""
+
     def parse(text):
         value = kind(text)
         if not low <= value <= high or math.isinf(value):
             end = "" if high == math.inf else f", up to {high}"
             raise argparse.ArgumentTypeError(f"{text} is not a number of {low} or more{end}")
         return value
-    parse.__name__ = kind.__name__                 # argparse says "invalid int value"
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
 
 
@@ -940,7 +1152,7 @@ def end_with_parent(*_):
 
 
 def interrupt(number, _):
-    if SAID and SAID.exists():                     # this rank only follows
+    if SAID and SAID.exists():  # this rank only follows
         with contextlib.suppress(RuntimeError, OSError):
             sys.stdout.flush()
         os._exit(2)
@@ -954,7 +1166,7 @@ def run_main(main):
     if launcher():
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: do not outlive it
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):         # terminals in ASCII, names that are not UTF-8
+        if hasattr(stream, "reconfigure"):  # terminals in ASCII, names that are not UTF-8
             stream.reconfigure(errors="backslashreplace")
     code = 2
     try:
@@ -965,11 +1177,11 @@ def run_main(main):
     except KeyboardInterrupt as e:
         code = 128 + (e.args[0] if e.args else signal.SIGINT)
         text = "stopped; the same command goes on from what is finished"
-    except BrokenPipeError:                        # `| head`
+    except BrokenPipeError:  # `| head`
         text = ""
     except Exception as e:
         text = f"error: {explain(e)}"
-    finally:                                       # worker processes would keep this one from ending
+    finally:  # worker processes would keep this one from ending
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         for child in multiprocessing.active_children():
@@ -978,11 +1190,11 @@ def run_main(main):
 
 
 def explain(e):
-    """The sentence for an error of the machine; other errors go on, as the faults of ours they are."""
+    """The sentence for an error of the machine; other errors are faults of ours, and go on."""
     if isinstance(e, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(e):
         return "out of memory; give smaller sizes or numbers, or use a machine that has more"
     if not isinstance(e, OSError | safetensors.SafetensorError):
-        if SAID and SAID.exists():                 # another rank went, and a broadcast with it
+        if SAID and SAID.exists():  # another rank went, and a broadcast with it
             sys.exit(2)
         raise e
     full = getattr(e, "errno", 0) == errno.ENOSPC or "os error 28" in str(e).lower()
@@ -1000,14 +1212,19 @@ def flush():
 
 
 # Of the ranks that torchrun starts on a machine, the one that made this file has said why all end.
-SAID = "TORCHELASTIC_ERROR_FILE" in os.environ and Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1] / "said"
+SAID = (
+    "TORCHELASTIC_ERROR_FILE" in os.environ
+    and Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1] / "said"
+)
 
 
 def launcher():
     """Process number of the torchrun that started this rank; None without one."""
     with contextlib.suppress(OSError):
         words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")[:4]
-        if SAID and any(os.path.basename(word) in (b"torchrun", b"torch.distributed.run") for word in words):
+        if SAID and any(
+            os.path.basename(word) in (b"torchrun", b"torch.distributed.run") for word in words
+        ):
             return os.getppid()
 
 
@@ -1019,7 +1236,7 @@ def leave(code, text):
             SAID.touch(exist_ok=False)
     except FileExistsError:
         sys.exit(code)
-    except OSError:                                # the launcher has tidied up
+    except OSError:  # the launcher has tidied up
         pass
     if text:
         print(text, file=sys.stderr, flush=True)

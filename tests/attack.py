@@ -209,7 +209,7 @@ def kills(number, folder):
     assert code == 0, said
     commands = dict(
         data=("out", lambda out: [str(videos), "--out", str(out)]),
-        train=("out", lambda out: ["--size", "demo", "--frames", "2", "--data", str(folder / "cache"), "--batch", "2", "--steps", "8", "--save", "1", "--preview", "0",
+        train=("out", lambda out: ["--size", "demo", "--frames", "2", "--data", str(folder / "cache"), "--batch", "2", "--steps", "8", "--save-minutes", "0", "--preview", "0",
                                    "--precision", "fp32", "--out", str(out)]),
         sample=("out.mp4", lambda out: ["--driving", str(videos / "a.mp4"), "--steps", "2", "--guidance", "1", "--out", str(out)]),
         curate=("out", lambda out: ["run", str(videos), "--out", str(out), "--min-seconds", "1", "--min-side", "32", "--min-clip", "-1", "--size", "64"]))

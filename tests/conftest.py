@@ -16,6 +16,15 @@ import data
 import sdit
 
 
+class NumberSchedule(sdit.NoiseSchedule):
+    """For `sample` among tensors without data: numbers that stay numbers."""
+
+    alpha_bars = sdit.NoiseSchedule().alpha_bar.numpy()
+
+    def __init__(self):
+        self.alpha_bar = self.alpha_bars
+
+
 def random_sdit(frames=4, depth=2, dtype=torch.float32, seed=0, prediction="epsilon"):
     """A small SDiT whose every layer does something: adaLN-Zero's zeros are replaced by random weights."""
     torch.manual_seed(seed)

@@ -1,8 +1,10 @@
 """The graphs of export.py against the model: TorchScript and ONNX, both forms, all precisions; engines in sample.py."""
+import contextlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -153,6 +155,30 @@ def test_what_does_not_fit_is_refused(small_model, engine, tmp_path, monkeypatch
     with pytest.raises(UserError, match="nothing was written"):
         export.export(small_model, "digest", "torchscript", Arguments(tmp_path), CPU)
     assert sorted(tmp_path.rglob("*")) == before                                # the one before stays
+
+
+def test_tensorrt_runs_on_the_device_of_its_inputs(small_model, monkeypatch):
+    entered, done = [], []
+
+    @contextlib.contextmanager
+    def on(device):
+        entered.append(device)
+        yield
+        entered.pop()
+
+    def run(stream):
+        done.append(list(entered))
+        return True
+    engine = SimpleNamespace(num_io_tensors=1, get_tensor_name=lambda i: "latents")
+    context = SimpleNamespace(engine=engine, infer_shapes=list, execute_async_v3=run,
+                              set_tensor_address=lambda *_: None, set_input_shape=lambda *_: True)
+    stream = SimpleNamespace(wait_stream=lambda _: None, cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    inputs = export.example(small_model.config, "override", 1)
+    export.run_plan(context, stream, small_model.config, "override", 2, torch.float32, inputs)
+    assert done == [[CPU]]
 
 
 def test_a_wrong_graph_is_found(small_model, tmp_path):

@@ -178,7 +178,7 @@ def test_torn_rows_and_records_are_made_again(tmp_path):
 
 
 def test_ctrl_c_saves_and_logs(cache, tmp_path, monkeypatch, capsys):  # noqa: F811
-    run(cache, tmp_path / "whole", monkeypatch, "--save", "9", "--log-every", "9")
+    run(cache, tmp_path / "whole", monkeypatch, "--save-minutes", "9", "--log-every", "9")
     draw = train.draw
 
     def interrupted(seed, step, *rest):
@@ -187,11 +187,11 @@ def test_ctrl_c_saves_and_logs(cache, tmp_path, monkeypatch, capsys):  # noqa: F
         return draw(seed, step, *rest)
     with monkeypatch.context() as m:
         m.setattr(train, "draw", interrupted)
-        run(cache, tmp_path / "parts", monkeypatch, "--save", "9", "--log-every", "9")
+        run(cache, tmp_path / "parts", monkeypatch, "--save-minutes", "9", "--log-every", "9")
     assert "stopped by SIGINT; saved after step 2" in capsys.readouterr().out
     assert json.loads((tmp_path / "parts" / "log.jsonl").read_text())["step"] == 2
     (tmp_path / "parts" / ".state-00000009.pt.tmp.pt").write_text("of a run that was killed")
-    run(cache, tmp_path / "parts", monkeypatch, "--save", "9", "--log-every", "9")
+    run(cache, tmp_path / "parts", monkeypatch, "--save-minutes", "9", "--log-every", "9")
     assert same(tmp_path / "whole", tmp_path / "parts") and not list((tmp_path / "parts").glob(".*"))
 
 
@@ -234,11 +234,11 @@ def test_no_line_of_pairs_destroys_anything(tmp_path):
 
 
 def test_copies_of_states_and_rows_of_others_stay(cache, tmp_path, monkeypatch):  # noqa: F811
-    run(cache, tmp_path / "run", monkeypatch, "--save", "1")
+    run(cache, tmp_path / "run", monkeypatch, "--save-minutes", "0")
     best = tmp_path / "run" / "state-best.pt"
     shutil.copy(tmp_path / "run" / "state-00000003.pt", best)
     (tmp_path / "run" / "state-00000004.pt").unlink()
-    run(cache, tmp_path / "run", monkeypatch, "--save", "1")
+    run(cache, tmp_path / "run", monkeypatch, "--save-minutes", "0")
     assert sorted(p.name for p in (tmp_path / "run").glob("state*")) == ["state-00000003.pt", "state-00000004.pt", "state-best.pt"]
     rows = sample.Partial(tmp_path / "o.mp4", "k")
     rows[1] = torch.ones(1)
@@ -333,7 +333,9 @@ def test_only_what_the_clip_is_to_blame_for_is_final(tmp_path):
     path.touch()
     assert data.blame(sdit.UserError(f"{path} holds no frames"), path).endswith("holds no frames")
     assert data.blame(ZeroDivisionError("x"), path) == "ZeroDivisionError: x"
-    for error in (OSError(errno.ENOSPC, "full"), MemoryError(), sdit.UserError("clip.safetensors is torn")):
+    gpu = RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")
+    assert data.blame(RuntimeError("odd"), path) == "RuntimeError: odd"
+    for error in (OSError(errno.ENOSPC, "full"), MemoryError(), sdit.UserError("clip.safetensors is torn"), gpu):
         with pytest.raises(sdit.UserError, match="not the clip's fault"):
             data.blame(error, path)
     try:
@@ -391,7 +393,7 @@ def test_small_words(cache, tmp_path, monkeypatch):  # noqa: F811
     with pytest.raises(sdit.UserError, match="--autoencoder sd-vae-ft-mse --clip ViT-L-14"):
         data.Rows(tmp_path / "none", 8)
     with pytest.raises(sdit.UserError, match="no sensible size after step 1; nothing was saved over"):
-        run(cache, tmp_path / "wild", monkeypatch, "--lr", "1e30", "--save", "1")
+        run(cache, tmp_path / "wild", monkeypatch, "--lr", "1e30", "--save-minutes", "0")
     assert not list((tmp_path / "wild").glob("*.safetensors"))
 
 

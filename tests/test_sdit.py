@@ -5,6 +5,7 @@ import math
 import pytest
 import safetensors.torch
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sdit
 from conftest import random_sdit
@@ -101,6 +102,22 @@ def test_v_is_read_as_noise(dtype):
     v = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
     output = model.predict_noise(torch.cat([v, v], 2), xt, t)
     torch.testing.assert_close(output[:, :, :4], noise, rtol=0, atol=1e-12)
+
+
+def test_the_gradient_of_qkv_is_written_once():
+    """The backward pass of attention copies it nowhere."""
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if function in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default):
+                sizes.append(out.numel())
+            return out
+
+    sizes, attention = [], random_sdit(depth=1).blocks[0].attn.requires_grad_(True)
+    y = attention(torch.randn(2, 4, 16, 32))[0]
+    with Copies():
+        y.sum().backward()
+    assert max(sizes, default=0) < 3 * y.numel()
 
 
 def test_attention_in_training_on_a_cpu(monkeypatch):

@@ -1,5 +1,6 @@
 """Training: the loss against closed forms, the optimiser's two rates, exact resume."""
 import contextlib
+import copy
 import json
 import multiprocessing
 import math
@@ -7,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ import torch
 from PIL import Image
 
 import data
+import sample
 import sdit
 import train
 from conftest import ROOT, random_sdit
@@ -153,7 +157,7 @@ def cache(tmp_path):
 
 def run(cache, out, monkeypatch, *more):
     monkeypatch.setattr("sys.argv", ["train.py", "--size", "demo", "--frames", "2", "--data", str(cache), "--out", str(out), "--batch", "2",
-                                     "--steps", "4", "--save", "2", "--log-every", "2", "--lr", "1e-3", "--precision", "fp32", *more])
+                                     "--steps", "4", "--save-minutes", "0", "--log-every", "2", "--lr", "1e-3", "--precision", "fp32", *more])
     train.main()
 
 
@@ -190,7 +194,7 @@ def test_resume_is_exact(cache, tmp_path, monkeypatch, capsys):
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(cache, tmp_path, monkeypatch, capsys):
-    run(cache, tmp_path / "whole", monkeypatch, "--save", "9")
+    run(cache, tmp_path / "whole", monkeypatch, "--save-minutes", "9")
     draw, steps = train.draw, []
 
     def interrupted(seed, step, *rest):
@@ -201,9 +205,9 @@ def test_sigterm_saves_and_the_same_command_goes_on(cache, tmp_path, monkeypatch
             os.kill(os.getpid(), signal.SIGTERM)
         return draw(seed, step, *rest)
     monkeypatch.setattr(train, "draw", interrupted)
-    run(cache, tmp_path / "parts", monkeypatch, "--save", "9", "--workers", "1")
+    run(cache, tmp_path / "parts", monkeypatch, "--save-minutes", "9", "--workers", "1")
     assert "saved after step 2" in capsys.readouterr().out and [p.name for p in (tmp_path / "parts").glob("state-*")] == ["state-00000002.pt"]
-    run(cache, tmp_path / "parts", monkeypatch, "--save", "9")
+    run(cache, tmp_path / "parts", monkeypatch, "--save-minutes", "9")
     assert steps == [0, 1, 2, 3] and same(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -220,7 +224,9 @@ def test_processes_and_parts_do_not_change_the_result(cache, tmp_path, monkeypat
     code, *arguments = command(cache, tmp_path / "two", *settings)[2:]
     (tmp_path / "script.py").write_text(code.replace("sys.argv.pop(1)", repr(arguments.pop(0))))
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(tmp_path / "script.py"), *arguments],
-                   check=True, capture_output=True)
+                   check=True, stderr=(said := open(tmp_path / "said", "w")))
+    said.close()
+    assert "broadcast_buffers" not in (tmp_path / "said").read_text()
     logs = {name: [json.loads(line) for line in open(tmp_path / name / "log.jsonl")] for name in ("one", "two", "parts")}
     weights = {name: sdit.load_model(tmp_path / name / "model.safetensors").state_dict() for name in logs}
     for model in weights.values():
@@ -237,7 +243,7 @@ def test_processes_and_parts_do_not_change_the_result(cache, tmp_path, monkeypat
 
 def test_the_average_follows_without_gradients(cache, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(train, "save_state", lambda out, step, model, ema, *_: seen.append((model, ema)))
+    monkeypatch.setattr(train.Saver, "save", lambda saver, step, model, ema, *_: seen.append((model, ema)))
     run(cache, tmp_path / "run", monkeypatch)
     for model, ema in seen:
         assert not any(p.requires_grad for p in ema.parameters())
@@ -246,7 +252,7 @@ def test_the_average_follows_without_gradients(cache, tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_stops_before_saving(cache, tmp_path, monkeypatch):
     with pytest.raises(sdit.UserError, match="not finite at step 2; nothing was saved over"):
-        run(cache, tmp_path / "run", monkeypatch, "--lr", "1e30", "--log-every", "4", "--save", "4")
+        run(cache, tmp_path / "run", monkeypatch, "--lr", "1e30", "--log-every", "4", "--save-minutes", "9")
     assert not list((tmp_path / "run").glob("*.pt"))
     loss = train.diffusion_loss
 
@@ -255,11 +261,11 @@ def test_a_loss_that_is_not_finite_stops_before_saving(cache, tmp_path, monkeypa
         return error + (error - error.detach()).abs().sqrt(), bound
     monkeypatch.setattr(train, "diffusion_loss", steep)
     with pytest.raises(sdit.UserError, match="not finite at step 1; nothing"):
-        run(cache, tmp_path / "run", monkeypatch, "--save", "1")
+        run(cache, tmp_path / "run", monkeypatch, "--save-minutes", "0")
     assert not list((tmp_path / "run").glob("*.pt")) and not (tmp_path / "run" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("wrong", [("--save", "0"), ("--frames", "0"), ("--seed", "-1"), ("--warmup", "-1"), ("--accumulate", "3")])
+@pytest.mark.parametrize("wrong", [("--save-minutes", "-1"), ("--frames", "0"), ("--seed", "-1"), ("--warmup", "-1"), ("--accumulate", "3")])
 def test_what_could_only_fail_later_is_refused(wrong, cache, tmp_path, monkeypatch):
     with pytest.raises(sdit.UserError, match="or more|does not divide"):
         run(cache, tmp_path / "run", monkeypatch, *wrong)
@@ -273,6 +279,103 @@ def test_operations_of_a_row():
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(x, t, c)
     assert train.row_flops(model.config) == pytest.approx(3 * counter.get_total_flops(), rel=0.02)
+
+
+@pytest.fixture
+def networks():
+    model = sdit.SDiT(sdit.make_config("demo", 2))
+    return model, copy.deepcopy(model), train.build_optimizer(model, 1e-3, 1e-4, 0.01)
+
+
+def test_a_save_is_of_its_moment_and_in_a_thread(networks, tmp_path, monkeypatch):
+    """While a state is being written training goes on, and does not change it; the next save waits
+    for it. An interrupted write leaves the state before; what went wrong is raised."""
+    model, ema, optimizer = networks
+    written, write = [], torch.save
+    gate = threading.Event()
+
+    def slow(state, path):
+        assert gate.wait(60)
+        if len(written) == 2:
+            raise OSError(28, "full", str(path))
+        written.append(state["step"])
+        write(state, path)
+    monkeypatch.setattr(torch, "save", slow)
+
+    with pytest.raises(OSError, match="full"), train.Saver(tmp_path) as saver:
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        saver.save(1, model, ema, optimizer, {})
+        assert saver.busy and not train.states(tmp_path)
+        model.final_layer.linear.weight.data.add_(1)
+        gate.set()
+        saver.save(2, model, ema, optimizer, {})
+        assert written[0] == 1
+        saver.save(3, model, ema, optimizer, {})
+
+    assert [p.name for p in train.states(tmp_path)] == ["state-00000001.pt", "state-00000002.pt"]
+    assert not list(tmp_path.glob(".state*"))
+    kept = train.read_state(train.states(tmp_path)[0])["model"]
+    assert all(torch.equal(kept[k], before[k]) for k in before)
+
+
+def test_states_come_by_the_clock(cache, tmp_path, monkeypatch):
+    saved, now = [], iter(range(0, 100_000, 40))                                # every look is 40 seconds later
+    monkeypatch.setattr(train.Saver, "save", lambda saver, step, *_: saved.append(step))
+    monkeypatch.setattr(train.time, "monotonic", lambda: next(now))
+    run(cache, tmp_path / "run", monkeypatch, "--steps", "12", "--save-minutes", "4", "--log-every", "12")
+    assert saved[-1] == 12 and 2 <= len(saved) <= 5                             # the last step, and a few on the way
+
+
+def test_rank_0_names_the_state(networks, cache, tmp_path, monkeypatch):
+    """A rank that would see another newest state, as on a disk that is slow to tell, takes rank 0's."""
+    model, ema, optimizer = networks
+    for step in (1, 2):
+        with train.Saver(tmp_path) as saver:
+            saver.save(step, model, ema, optimizer, {})
+    first = train.states(tmp_path)[0]
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(train.dist, "broadcast_object_list", lambda said: said.__setitem__(0, first))
+    assert train.load_state(tmp_path, model, ema, optimizer, {}) == 1
+
+
+def test_peaks_are_of_whole_names(monkeypatch):
+    cuda, name = torch.device("cuda"), []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name[-1])
+    for name[:], peak in ((["NVIDIA A100-SXM4-80GB"], 312), (["NVIDIA H100 NVL"], 835), (["NVIDIA H200"], 989)):
+        assert train.device_peak(cuda, torch.bfloat16) == peak
+    name[:] = ["NVIDIA RTX A1000"]                                              # measured, where there is one
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(pytest.fail.Exception, match="measured"):
+        train.device_peak(cuda, torch.bfloat16)
+
+
+def test_pauses_are_no_time_of_training():
+    meter = train.Meter(torch.device("cpu"))
+    with meter.pause():
+        time.sleep(0.3)
+    assert meter.lap() < 0.2
+
+
+def test_a_process_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(sdit.UserError, match="process 2 finds no GPU .* --nproc_per_node=2"):
+        train.start_processes()
+
+
+def test_blocks_are_compiled_whole(monkeypatch):
+    """On a GPU by default, and not cut where DistributedDataParallel exchanges gradients."""
+    compiled = []
+    monkeypatch.setattr(sdit.Block, "compile", lambda block: compiled.append(block))
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    cpu, cuda = (type("Schedule", (), dict(beta=type("Beta", (), dict(is_cuda=x))))() for x in (False, True))
+    for schedule, wanted, count in ((cpu, None, 0), (cuda, False, 0), (cpu, True, 2), (cuda, None, 2)):
+        compiled.clear()
+        train.wrap(random_sdit(), schedule, type("A", (), dict(compile=wanted, lambda_ex=1.0)), 1)
+        assert len(compiled) == count
+    assert torch._dynamo.config.optimize_ddp is False
 
 
 def test_start_from_other_weights(cache, tmp_path, monkeypatch, capsys):
@@ -330,7 +433,11 @@ def test_preview(tmp_path, monkeypatch):
     for value in range(1, 4):
         writer.add(record(8, value, 6, 16, 128), dict(file=str(value)))
     writer.finish([dict(file=str(value), frames=8) for value in range(1, 4)])
+    plain, halves = sample.sample_plain, []
+    monkeypatch.setattr(sample, "sample_plain", lambda *given: halves.append(torch.is_autocast_enabled("cpu")) or plain(*given))
     run(tmp_path / "cache", tmp_path / "run", monkeypatch, "--preview", "4")
+    run(tmp_path / "cache", tmp_path / "half", monkeypatch, "--preview", "4", "--precision", "bf16")
+    assert halves == [False, True]
     assert Image.open(tmp_path / "run" / "preview-00000004.png").size == (2 * 64, 2 * 3 * 64)
 
 
