@@ -65,11 +65,11 @@ HELD_OUT = 8  # last clips of a cache, for train.py's previews
 
 
 class Rows(torch.utils.data.Dataset):
-    """Training rows of one or more caches, as dicts: latents (T, C, H, W), landmarks (T, 478, 3),
-    mask (T, H, W) in 0..1, scene (S,), all float32. Row n is a function of (seed, n) alone.
+    """Rows of one or more caches: latents (T, C, H, W), landmarks (T, 478, 3), mask (T, H, W) in
+    0..1, scene (S,), all float32. Row n is a function of (seed, n) alone.
 
-    `caches`: a folder, or several as "FOLDER:SHARE", sampled in these shares. `held_out`: rows of
-    the held-out clips (a cache of fewer than 80 clips shows its last training clips instead)."""
+    `caches`: a folder, or several as "FOLDER:SHARE", sampled in these shares. `held_out`: the last
+    clips; below 80 clips, training sees them too."""
 
     def __init__(self, caches, frames, seed=0, held_out=False):
         self.frames, self.seed, self.held_out = frames, seed, held_out
@@ -126,20 +126,16 @@ class Rows(torch.utils.data.Dataset):
             clip = clips[order[(i + k) % len(clips)]]
             if self.lengths[cache][clip] >= self.frames + 2:
                 return self._open(cache, clip)
-        raise UserError(
-            f"no clip in {self.folders[cache]} for training has {self.frames + 2} frames; cache longer clips"
-        )
+        raise too_short(self.folders[cache], self.frames)
 
     def _open(self, cache, clip):
         """A record, memory-mapped."""
         path = self.folders[cache] / str(self.names[cache][clip])
+        again = f"remove {path.parent / 'index.json'} and give the data.py command again"
         try:
             return safetensors.safe_open(path, "pt")
         except (OSError, safetensors.SafetensorError) as e:
-            raise UserError(
-                f"{path} is gone or torn ({e}); remove {path.parent / 'index.json'} and give the "
-                f"data.py command again: it makes what is missing"
-            ) from None
+            raise UserError(f"{path} is gone or torn ({e}); {again}") from None
 
     def statistics(self, clips=2000):
         """The buffers that `sdit.Mapping` normalises by, from evenly spaced clips.
@@ -184,10 +180,12 @@ def split_share(text):
     if share is None:
         return Path(text), 1.0
     if not 0 < share < math.inf:
-        raise UserError(
-            f"{text} is not CACHE or CACHE:SHARE with a positive share, as in cache:0.9"
-        )
+        raise UserError(f"{text} is not CACHE or CACHE:SHARE with a positive share: cache:0.9")
     return Path(folder), share
+
+
+def too_short(folder, frames):
+    return UserError(f"no clip in {folder} has {frames + 2} frames; cache longer clips")
 
 
 def must_agree(ours, theirs, before, after):
@@ -216,9 +214,7 @@ def read_index(folder, frames):
     if not isinstance(clips, list) or not all(map(pair, clips)):
         raise UserError(f"{path} is torn; {again}")
     if max((n for _, n in clips), default=0) < frames + 2:
-        raise UserError(
-            f"no clip in {folder} has {frames + 2} frames, which rows of {frames} need; cache longer clips"
-        )
+        raise too_short(folder, frames)
     return index
 
 
@@ -272,10 +268,7 @@ class FaceLandmarker:
 
     def run(self, network, image):
         if self.process != os.getpid():
-            raise UserError(
-                "MediaPipe does not survive a fork: load the models in the child, or start it with "
-                "multiprocessing's spawn"
-            )
+            raise UserError("MediaPipe does not survive a fork: load the models in the child")
         with quiet():
             return network.process(image)
 
@@ -423,8 +416,7 @@ def pick_face(faces, number, name):
     """Face `number` of a list, from 0, the largest."""
     if not 0 <= number < len(faces):
         raise UserError(
-            f"there is no face number {number} in {name}, whose first frame with a face has "
-            f"{len(faces)}; count from 0, the largest"
+            f"no face number {number} in {name}: its first frame has {len(faces)}, from 0"
         )
     return faces[number]
 
@@ -500,19 +492,15 @@ CLIP_KEYS = dict(
 
 
 class SceneEncoder:
-    """The global signal (paper 3.1): a frozen CLIP; pictures and texts -> unit vectors (B, S).
-
-    Its file is safetensors with open_clip's configuration as metadata; without, it is taken for
-    OpenAI's ViT-L/14."""
+    """The global signal (paper 3.1): a frozen CLIP, of pictures and texts. Its file has open_clip's
+    configuration as metadata; without, it is taken for OpenAI's ViT-L/14."""
 
     def __init__(self, path, device="cpu"):
         tensors, config = sdit.read_tensors(path)
         config = config or openai_vit_l14()
         complete = {"embed_dim", "vision_cfg", "text_cfg"} <= set(config)
         if not complete or not sdit.is_like(config, CLIP_KEYS):
-            raise UserError(
-                f"{path} is not a CLIP file: its metadata has no open_clip configuration that is known here"
-            )
+            raise UserError(f"{path} is not a CLIP file: it has no known open_clip configuration")
         import open_clip
 
         model = sdit.build(lambda: open_clip.CLIP(**config), tensors, path)
@@ -866,9 +854,7 @@ def check_output(path, *inputs):
     """Refuse an output name that would fail, or overwrite an input, at the end of the work."""
     path, endings = Path(path), (".mp4", ".mov", ".mkv", ".m4v", ".png")
     if path.suffix.lower() not in endings or path.is_dir():
-        raise UserError(
-            f"cannot write {path}; name a file that ends in .mp4, .mov, .mkv or, for one frame, .png"
-        )
+        raise UserError(f"cannot write {path}; name it .mp4, .mov, .mkv or, for one frame, .png")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"cannot write {path}: {folder} is not a folder you may write to")
@@ -965,9 +951,7 @@ class VideoWriter(contextlib.ExitStack):
         try:  # without bitexact, .mkv gets random numbers
             container = av.open(f"file:{self.temporary}", "w", options=dict(fflags="+bitexact"))
         except (ValueError, av.FFmpegError, OSError) as e:
-            raise UserError(
-                f"cannot write {self.path} ({e}); name it like out.mp4, in a folder you may write to"
-            ) from None
+            raise UserError(f"cannot write {self.path} ({e}); name it like out.mp4") from None
         self.container = self.enter_context(container)
         self.container.metadata["comment"] = self.comment
         self.push(self._finish)
@@ -1299,12 +1283,12 @@ def finish_cache(writer, paths):
 
 def check_finished(folder, about, paths):
     """UserError where a finished cache is not what the command asks for."""
-    before, other = f"{folder} already holds a cache", "name another --out"
-    must_agree(about, read_json(folder / "index.json"), f"{before} of", other)
+    before, index = f"{folder} already holds a cache", folder / "index.json"
+    must_agree(about, read_json(index), f"{before} of", "name another --out")
     there = {e.get("file") for e in read_lines([folder / "manifest.jsonl"])}
     if new := len(set(paths) - there):
         raise UserError(
-            f"{before}, without {new} of these clips; to add them, remove {folder / 'index.json'} first"
+            f"{before}, without {new} of these clips; to add them, remove {index} first"
         )
     print(f"{before} of these clips")
 
@@ -1382,9 +1366,7 @@ def main():
     a.size = a.size or (64 if demo[0] else 256)
     factor = autoencoder.config.factor
     if a.size % factor:
-        raise UserError(
-            f"--size {a.size} is not a multiple of {factor}, the pixels that the autoencoder makes one cell of"
-        )
+        raise UserError(f"--size {a.size} is not a multiple of {factor}, a cell of the autoencoder")
     width = scene_encoder.model.visual.output_dim
     about = cache_about(a.autoencoder, a.clip, autoencoder, width, a.size)
     if (a.out / "index.json").exists():
