@@ -3,7 +3,7 @@
     python curate.py run VIDEOS --out clips         # detect, validate, write, stats
     python curate.py search queries.txt --out clips # first download videos, into clips/videos
     python curate.py detect VIDEOS --out clips      # shots, faces, one square a clip
-    python curate.py validate --out clips           # one scene each? CLIP (and ArcFace); histogram.png
+    python curate.py validate --out clips           # is it one scene: CLIP, histogram.png
     python curate.py write --out clips              # clips/train, clips/test, clips/manifest.jsonl
     python curate.py stats --out clips              # the paper's Figs. 10 to 13: stats.png, a table
     torchrun --nproc_per_node=8 curate.py detect VIDEOS --out clips   # the work shared
@@ -204,8 +204,8 @@ CUT, JUMP, DISSOLVE = 25, 8, 20  # mean differences of thumbnails, of 255
 
 
 def transitions(thumbs, chunk=4096, margin=64):
-    """[(end of a shot, begin of the next)], frame numbers, of thumbnails (M, 24, 24, 3) uint8; equal
-    at a cut, apart at a dissolve. Long films are processed in chunks with margins."""
+    """[(end of a shot, begin of the next)], frame numbers, of thumbnails (M, 24, 24, 3) uint8:
+    equal at a cut, apart at a dissolve. Long films go in chunks."""
     found = []
     for first in range(0, len(thumbs), chunk):
         start = max(0, first - margin)
@@ -339,8 +339,7 @@ def limits(track, others, shots, every, M):
 
 
 def look_closer(video, wanted, landmarker):
-    """[(M', 478, 3)] landmarks, NaN where not found, of every frame of [(first, end, track)], in one
-    more pass."""
+    """[(M', 478, 3)] landmarks, NaN where not found, of all frames of [(first, end, track)]."""
     points = [np.full((end - first, 478, 3), np.nan, np.float32) for first, end, _ in wanted]
     for f, image in enumerate(video if wanted else ()):
         for (first, end, track), found in zip(wanted, points):

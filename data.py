@@ -1,6 +1,6 @@
-"""Data: clips and pictures -> face crops, landmarks, scene vectors -> cached records -> training rows.
+"""Clips and pictures -> face crops, landmarks, scene vectors -> cached records -> training rows.
 
-    python data.py CLIPS --out cache                 # face clips, with the demo's autoencoder and CLIP
+    python data.py CLIPS --out cache                 # with the demo's autoencoder and CLIP
     python data.py CLIPS --out cache --autoencoder A.safetensors --clip C.safetensors --size 256
 
 `sample.py` prepares a driving video and a source picture with the same functions.
@@ -407,8 +407,7 @@ class Track:
 
 def no_face(name):
     return UserError(
-        f"no face found in {name}; use a picture or video with one clear human face, at least about "
-        f"100 pixels high"
+        f"no face found in {name}; use a picture or video with one clear face, about 100 pixels high"
     )
 
 
@@ -597,8 +596,7 @@ def open_video(path):
         container = av.open(f"file:{path}", metadata_errors="replace")  # 12:30.mp4: no protocol
     except (av.FFmpegError, OSError) as e:
         raise UserError(
-            f"{path} is not a video that can be read ({e.strerror or e}); re-encode it, for example "
-            f"as H.264 in .mp4"
+            f"{path} is not a video that can be read ({e.strerror or e}); re-encode it as H.264 .mp4"
         ) from None
     if not video_stream(container):
         container.close()
@@ -647,8 +645,8 @@ BT709, UNSPECIFIED, BT2020, PQ, HLG = 1, 2, 9, 16, 18
 
 
 class Screen:
-    """A filter graph of FFmpeg from decoded frames to pictures (h, w, 3) uint8 as players show them:
-    upright, square pixels, BT.709 colours, all of the first one's size."""
+    """FFmpeg filters from decoded frames to pictures (h, w, 3) uint8 as players show them: upright,
+    square pixels, BT.709 colours, all of the first one's size."""
 
     def __init__(self, stream):
         self.aspect, self.size, self.kind = float(stream.sample_aspect_ratio or 1), None, None
@@ -693,8 +691,8 @@ class Screen:
 
 @functools.cache
 def standard_range(transfer, n=33):
-    """A table file for FFmpeg's lut3d, from BT.2020 RGB with an HDR `transfer` to BT.709, white at
-    100 cd/m2: what zscale (not in PyAV) and tonemap=mobius:desat=0 do."""
+    """A file for FFmpeg's lut3d, from BT.2020 with an HDR `transfer` to BT.709, white at 100 cd/m2:
+    what zscale (not in PyAV) and tonemap=mobius:desat=0 do."""
     v = np.stack(np.meshgrid(*[np.linspace(0, 1, n)] * 3, indexing="ij")[::-1], -1)
     v = v.reshape(-1, 3)  # red runs fastest
     if transfer == PQ:  # SMPTE ST 2084
@@ -723,11 +721,9 @@ GAP = 60  # seconds; a longer step is a clock that was reset
 
 class Video:
     """A video or picture as frames (h, w, 3) uint8 at a constant rate: `fps` (Fraction), `start`
-    (seconds, of the first frame), `len()`.
-
-    A constant rate is kept frame for frame, missing frames are repeated. A variable rate (phones,
-    screen captures) is resampled by time to its average: a tick shows the last frame begun by then.
-    Where the clock is reset (joined recordings), the next frame follows at the usual distance."""
+    (seconds, of the first frame), `len()`. A constant rate is kept, missing frames are repeated; a
+    variable rate is resampled by time to its average. Where the clock is reset (joined recordings),
+    the next frame follows at the usual distance."""
 
     def __init__(self, path):
         self.path, self.is_picture = path, read_picture(path) is not None
@@ -834,8 +830,7 @@ def read_pictures(path):
 
 
 def as_shown(image):
-    """(h, w, 3) uint8 of a PIL image: EXIF rotation and colour profile applied, 16 bits scaled to 8,
-    transparency over white."""
+    """(h, w, 3) uint8 of a PIL image, as viewers show it; transparency over white."""
     profile, image = image.info.get("icc_profile"), ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey
         image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
@@ -906,8 +901,8 @@ def write_sound(video, target, way, span=(0.0, math.inf)):
 
 @functools.lru_cache(8)
 def sound_way(video, suffix):
-    """How the sound of a Video gets into a file with this ending, tried in memory: "copy" where
-    every player knows its codec, else "code", else None, with a printed reason."""
+    """How a Video's sound gets into a file with this ending, tried in memory: "copy" where every
+    player knows the codec, else "code", else None, with a printed reason."""
     if video.is_picture:
         return None
     with open_video(video.path) as container:
@@ -1081,8 +1076,8 @@ def enough_disk(folder, needed):
     free = shutil.disk_usage(folder).free
     if free < needed * 1.1:
         raise UserError(
-            f"{folder} needs about {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; "
-            f"make room and give the same command again: it goes on where it was"
+            f"{folder} needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room and "
+            f"give the same command again: it goes on where it was"
         )
 
 
@@ -1092,7 +1087,7 @@ def enough_disk(folder, needed):
 
 @torch.no_grad()
 def encode_clip(pixels, tracked, fps, autoencoder, scene_encoder, watch=contextlib.nullcontext):
-    """Cache record of a clip, from an iterable of M crops (size, size, 3) uint8, its Track and rate.
+    """Cache record of a clip: an iterable of M crops (size, size, 3) uint8, its Track and rate.
 
     latent (M, C, H, W) f16, landmarks (M, 478, 3) f16, found (M,) bool, weight (M, H, W) u8 (the
     expressive mask), scene (2, S) f16 of the first and last frame, fps (numerator, denominator)."""
@@ -1179,9 +1174,9 @@ def cache_about(autoencoder_path, clip_path, autoencoder, scene_width, size):
 
 
 def pseudo_clip(picture, points, seed, M=16):
-    """Yield M frames of a still picture that moves, with its landmarks (478, 3) in pixels moved
-    along (paper A: drawn faces "animated" by geometric transforms; silent on which). Rotation,
-    scale, shift and perspective follow slow sine waves of random phase."""
+    """Yield M frames of a moving still picture, with its landmarks (478, 3) in pixels (paper A:
+    drawn faces "animated" by geometric transforms; silent on which). Rotation, scale, shift and
+    perspective follow slow sine waves of random phase."""
     rng = np.random.default_rng(seed)
     h, w = picture.shape[:2]
     corners = np.float32([[0, 0], [w, 0], [w, h], [0, h]])
@@ -1358,8 +1353,8 @@ def main():
     demo = [path.resolve().parent == DEMO for path in (a.autoencoder, a.clip)]
     if any(demo) and rank == 0:
         print(
-            "note: the bundled autoencoder and CLIP are for the demo's rendered faces; for real ones "
-            "give --autoencoder sd-vae-ft-mse --clip ViT-L-14"
+            "note: the bundled autoencoder and CLIP are for rendered faces; for real ones give "
+            "--autoencoder sd-vae-ft-mse --clip ViT-L-14"
         )
 
     # Settings of the cache

@@ -1,9 +1,9 @@
 """The paper's metrics, protocols, tables and figures.
 
-    python evaluate.py world                       # test clips, pictures and truths of the demo world
+    python evaluate.py world                       # test clips, pictures, truths of the demo world
     python evaluate.py pairs CLIPS PICTURES --n 1000            # your own cross-identity pairs.csv
     python evaluate.py same --clips CLIPS                       # Table 1, same identity, by --model
-    python evaluate.py same --clips CLIPS --videos FOLDER       # the same of another system's videos
+    python evaluate.py same --clips CLIPS --videos FOLDER       # the same of given videos
     python evaluate.py cross --pairs pairs.csv                  # Table 1, cross identity
     python evaluate.py length      # Fig. 5;  also: ablation (dealing of frames), scenes (Table 2),
                                    # guidance (Fig. 7), figures (Figs. 1, 4, 6, 20)
@@ -57,8 +57,8 @@ def lmse(made, driving, points=slice(None), axes=3):
 
 
 def laid_onto(made, driving):
-    """`made` shifted, rotated and scaled, frame by frame, to fit the rigid points of `driving`: what
-    is left is expression and shape. Raw LMSE rewards copying the driver's face."""
+    """`made` shifted, rotated and scaled, frame by frame, onto the rigid points of `driving`, since
+    raw LMSE rewards copying the driver's face."""
     moved = np.full_like(made, np.nan)
     for i in np.flatnonzero(~np.isnan(made[:, 0, 0]) & ~np.isnan(driving[:, 0, 0])):
         scale, rotation = sample.head_pose(made[i], driving[i])
@@ -340,7 +340,7 @@ class Case:
 
 def cut(path, tracked, like, frames, size):
     """Frames (numbers) of a video as crops (len(frames), size, size, 3). A video of the size of
-    `like` is cut by its square; sample.py's results and other sizes must be square crops already."""
+    `like` is cut by its square; sample.py's results and other sizes are square crops."""
     video = data.Video(path)
     if len(video) != len(like):
         raise UserError(f"{path} has {len(video)} frames, the driving video {len(like)}")
@@ -420,8 +420,8 @@ def read_pairs(path):
 
 @torch.no_grad()
 def reenact(models, source, landmarks, settings, plan=None, scene=None):
-    """source (h, w, 3) uint8 crop, landmarks (M, 478, 3) -> (M, size, size, 3) uint8. `plan`: (rows,
-    keep) instead of sample.plan_rows; `scene`: instead of the source's."""
+    """source (h, w, 3) uint8, landmarks (M, 478, 3) -> (M, size, size, 3) uint8. `plan`: in place of
+    sample.plan_rows; `scene`: in place of the source's."""
     if scene is None:
         scene = sample.make_scene(models, source, None, None)
     conditions = sample.make_conditions(models, scene, landmarks, settings.guidance)
@@ -431,7 +431,7 @@ def reenact(models, source, landmarks, settings, plan=None, scene=None):
 
 
 def find_landmarks(landmarker, images):
-    """(M, 478, 3) in 0..1, NaN where there is no face. Small pictures are enlarged for MediaPipe."""
+    """(M, 478, 3) in 0..1, NaN where there is no face. MediaPipe needs 96 pixels."""
     found = [landmarker.landmarks(data.resize(im, PIXELS)) for im in images]
     missing = np.full((LANDMARKS, 3), np.nan, np.float32)
     return np.stack([missing if p is None else p / PIXELS for p in found])
@@ -707,8 +707,8 @@ def table1(a, models, same):
     missing = [f"Missing: {k}: {reason}" for k, reason in nets.items() if not callable(reason)]
     count = len(next(iter(found.values())))
     note = (
-        f"{count} videos of {a.frames} frames; mean ± half of the 95 % interval over videos; LMSE in "
-        f"pixels² of a crop of 256."
+        f"{count} videos of {a.frames} frames; mean ± half of the 95 % interval over videos; "
+        f"LMSE in pixels² of a crop of 256."
     )
     name = protocol
     if given:
@@ -841,7 +841,7 @@ def ablation(a, models, M=24):
 
 
 class Head(nn.Module):
-    """MLP with 5 hidden layers on CLIP vectors (paper 4.5.1; width unsaid); its class is the video."""
+    """MLP with 5 hidden layers (paper 4.5.1; width unsaid) from CLIP vectors to the video."""
 
     def __init__(self, width, classes):
         super().__init__()
@@ -1039,8 +1039,8 @@ def guidance(a, models):
     header = ["", *(f"t = {times[q[0]]} to {times[q[-1]]}" for q in quarters)]
     title = "Impact of the guidance signals (Fig. 7): error / error of the unguided denoiser"
     note = (
-        "The paper: landmarks help most at large t, both together are best, gains are largest in the "
-        "middle."
+        "The paper: landmarks help most at large t, both together are best, gains are largest in "
+        "the middle."
     )
     errors = {k: error.tolist() for k, error in errors.items()}
     finish(a, None, "guidance", title, header, table, [note], figure, errors=errors)
@@ -1163,7 +1163,7 @@ def write_pairs(path, lines):
 
 
 def pairs_set(a):
-    """pairs.csv of N random clips with as many random pictures, for `cross` and sample.py --pairs."""
+    """pairs.csv of N random clips with as many random pictures, for `cross` and sample.py."""
     if len(a.folders) != 2:
         raise UserError("name two folders: python evaluate.py pairs CLIPS PICTURES")
     clips = data.list_files(a.folders[0], data.VIDEOS)
@@ -1245,8 +1245,8 @@ def arguments():
     add("--videos", type=Path, help="judge these, named like the clips or the column out")
     add("--data", type=Path, default=Path("cache"), help="of `guidance`: a cache by data.py")
     add("--weights", type=Path, default=sdit.DOWNLOADS, help="folder of the metrics' networks")
-    n = "videos (default: 50 of the demo world, all of --clips or --pairs; the paper: 1000; 1024 in "
-    add("--n", type=count, help=n + "`scenes`, of which half train the heads)")
+    n = "videos (default: 50 of the demo world, all of --clips or --pairs; paper: 1000)"
+    add("--n", type=count, help=n)
     frames = "frames a video in same and cross; 16 and more for comparable FVD"
     add("--frames", type=count, default=8, help=frames)
     steps = number(int, 1, NoiseSchedule.steps)
