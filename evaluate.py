@@ -554,6 +554,18 @@ def finish(a, models, name, title, header, rows, notes=(), figure=None, **protoc
     print(f"\n{text}")
 
 
+def plot(x, lines, **labels):
+    """A matplotlib figure of lines {name: (y,) or (y, half of its interval)} over x."""
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(6, 4))
+    for name, line in lines.items():
+        ax.errorbar(x, *line, label=name, capsize=3, marker=".")
+    ax.set(**labels)
+    ax.legend()
+    return figure
+
+
 def settings_of(a, number=0, **rest):
     settings = dict(steps=a.steps, guidance=a.guidance, method="anchored", seed=a.seed + number)
     return sample.Settings(**settings | rest)
@@ -761,15 +773,9 @@ def length(a, models, lengths=(12, 16, 20, 24)):
     for column, results in measured_by_all(found).items():
         pairs = [(r["made_clip"], r["driving_clip"]) for r in results.values()]
         values[column] = [self_csim(*pair) for pair in pairs]
-    import matplotlib.pyplot as plt
-
-    figure, ax = plt.subplots(figsize=(6, 4))
-    for method in METHODS:
-        points = zip(*(bootstrap(values[M, method]) for M in lengths))
-        ax.errorbar(lengths, *points, label=method, capsize=3, marker="o")
-    ax.set(xlabel="frames", ylabel="Self-CSIM (lower is better)", xticks=lengths)
-    ax.legend()
-
+    lines = {m: zip(*(bootstrap(values[M, m]) for M in lengths)) for m in METHODS}
+    labels = dict(xlabel="frames", ylabel="Self-CSIM (lower is better)", xticks=lengths)
+    figure = plot(lengths, lines, **labels)
     rows = [[M, *(plus(values[M, m], 3) for m in METHODS)] for M in lengths]
     count = len(values[lengths[0], "anchored"])
     paper = "anchored below MultiDiffusion at every length, the gap growing with it"
@@ -1026,14 +1032,8 @@ def guidance(a, models):
     errors = {k: found[k]["errors"].mean(0) for k in SIGNALS if k in found}
     ratios = {k: error / errors["none"] for k, error in errors.items() if k != "none"}
 
-    import matplotlib.pyplot as plt
-
-    figure, ax = plt.subplots(figsize=(6, 4))
-    for k, ratio in ratios.items():
-        ax.plot(times, ratio, label=k)
-    ax.set(xlabel="timestep", ylabel="error / error of the unguided")
-    ax.legend()
-
+    lines = {k: [ratio] for k, ratio in ratios.items()}
+    figure = plot(times, lines, xlabel="timestep", ylabel="error / error of the unguided")
     quarters = np.array_split(np.arange(len(times)), 4)
     table = [[k, *(f"{ratio[q].mean():.3f}" for q in quarters)] for k, ratio in ratios.items()]
     header = ["", *(f"t = {times[q[0]]} to {times[q[-1]]}" for q in quarters)]
