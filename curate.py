@@ -41,8 +41,8 @@ import sdit
 from sdit import UserError
 
 DEMO = Path(__file__).resolve().parent / "demo"
-SAMPLES = 5                                        # looks at a second
-LONGEST = 10                                       # seconds a clip (paper B, Fig. 10, ends there)
+SAMPLES = 5  # looks at a second
+LONGEST = 10  # seconds a clip (paper B, Fig. 10, ends there)
 PAPER = dict(duration=(3.29, 2.07), resolution=(745.1, 247.8), face_width=(0.45, 0.05), face_height=(0.53, 0.07), hyperiqa=(51.5, 10.72))
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ class Source:
     """A video, and what of it is wanted: spans (from, to) in seconds, each with the face's box (x0, y0, x1, y1) as shares of the picture, or
     None; no spans: all of it. `identity`: what a test split must not share with training."""
     path: Path
-    name: str                                      # within the folder that was given
+    name: str  # within the folder that was given
     identity: str
     spans: list = None
 
@@ -104,7 +104,7 @@ def list_sources(folder, out):
     for path in videos:
         fields = path.stem.split("-") if re.fullmatch(r"\d\d(-\d\d){6}", path.stem) else None
         if fields and (fields[0] == "02" and (path.with_name(f"01{path.name[2:]}")).exists() or fields[0] == "03"):
-            continue                                                            # RAVDESS: 02 is 01 without sound, 03 sound alone
+            continue  # RAVDESS: 02 is 01 without sound, 03 sound alone
         if spans and path.stem not in spans:
             continue
         relative = path.relative_to(folder)
@@ -130,7 +130,7 @@ def search(a):
         raise UserError("name a file of queries, one a line: python curate.py search queries.txt")
     queries = [line.strip() for line in data.read_text(a.source).splitlines() if line.strip() and not line.startswith("#")]
     for query in queries:
-        if query.startswith("-"):                                               # yt-dlp would take it for an option, and some run programs
+        if query.startswith("-"):  # yt-dlp would take it for an option, and some run programs
             raise UserError(f"{a.source}: {query!r} begins with a dash; a query is words, or an address")
     a.out.mkdir(parents=True, exist_ok=True)
     log = a.out / "search.jsonl"
@@ -148,7 +148,7 @@ def search(a):
         if refused:
             raise UserError(f"the site refuses ({run.stderr.strip().splitlines()[-1]}); wait some hours, then give the same command: it goes on "
                             f"at {query!r}")
-        done_now = run.returncode == 0 or fetched() > before                    # single videos that are gone do not stop a query; no network does
+        done_now = run.returncode == 0 or fetched() > before  # single videos that are gone do not stop a query; no network does
         data.append_line(log, dict(query=query, done=done_now, code=run.returncode, last=run.stderr.strip().splitlines()[-1:]))
         if not done_now:
             print(f"nothing came of {query!r} ({''.join(run.stderr.strip().splitlines()[-1:])}); the same command tries it again", file=sys.stderr)
@@ -166,7 +166,7 @@ def search(a):
 # short of the looks around it (`limits`); (4) listed times, if there are any; (5) `pieces`: trimmed to frames with landmarks, split evenly
 # above LONGEST, halved while the face leaves its square. The square is the median face at its share of the paper's framing, pushed into the
 # picture.
-CUT, JUMP, DISSOLVE = 25, 8, 20                    # mean differences of thumbnails, of 255
+CUT, JUMP, DISSOLVE = 25, 8, 20  # mean differences of thumbnails, of 255
 
 
 def transitions(thumbs, chunk=4096, margin=64):
@@ -182,10 +182,10 @@ def transitions(thumbs, chunk=4096, margin=64):
 
 def shots_end(x):
     """Cuts and dissolves in one piece, float."""
-    step = np.abs(np.diff(x, axis=0)).mean((1, 2, 3))                           # (M - 1,), between frames i and i + 1
+    step = np.abs(np.diff(x, axis=0)).mean((1, 2, 3))  # (M - 1,), between frames i and i + 1
     found = []
     for i, d in enumerate(step):
-        around = np.concatenate([step[max(0, i - 6):i], step[i + 1:i + 7]])     # a cut stands alone; a shaken head does not
+        around = np.concatenate([step[max(0, i - 6):i], step[i + 1:i + 7]])  # a cut stands alone; a shaken head does not
         if d > CUT or d > JUMP and len(around) and d > 4 * np.median(around) + 1:
             found.append((i + 1, i + 1))
     return sorted(found + dissolves(x, [0, *(cut for cut, _ in found), len(x)]))
@@ -265,7 +265,7 @@ def link(samples, stops):
                     going.append({frame: best})
                 else:
                     going.append(track | {frame: best})
-            elif sum(last < f for f in samples if f <= frame) >= 2:             # missed twice
+            elif sum(last < f for f in samples if f <= frame) >= 2:  # missed twice
                 done.append(track)
             else:
                 going.append(track)
@@ -363,7 +363,7 @@ def detect(source, a):
     M, every, found = len(thumbs), max(1, round(video.fps / SAMPLES)), transitions(thumbs)
     begins, ends = [0, *(b for _, b in found)], [*(e for e, _ in found), M]
     shots = [(b, e) for b, e in zip(begins, ends) if e > b]
-    samples = {f: boxes for f, boxes in samples.items() if any(b <= f < e for b, e in shots)}              # not within dissolves
+    samples = {f: boxes for f, boxes in samples.items() if any(b <= f < e for b, e in shots)}  # not within dissolves
     tracks = link(samples, [b for b, _ in shots])
     wanted = [(*limits(t, [o for o in tracks if o is not t], shots, every, M), t) for t in tracks if len(t) > 1]
     candidates = []
@@ -375,7 +375,7 @@ def detect(source, a):
             if high <= low:
                 continue
             if listed and overlap([v * shape[1 - i % 2] for i, v in enumerate(listed)], track[min(track)]) < 0.1:
-                continue                                                        # another face than the listed one
+                continue  # another face than the listed one
             candidates += pieces(low, points[low - first:high - first], others, shape, video.fps, a)
     about = dict(fps=str(video.fps), height=shape[0], width=shape[1])
     return [about | c for c in candidates] or [dict(start=0, end=M, reason="no face for two looks in a row")]
@@ -455,13 +455,13 @@ def write(source, a, candidates):
     dropped = drop_entries(source, a.out)
     folder, writers, result = a.out / split_of(source.identity, a.test), {}, []
     for c in candidates:
-        name = "-".join([source.key, f"{c['start']:06d}", *(f"{v:04d}" for v in (c.get("square") or ())[:2])])   # by what it shows, so that it stays
+        name = "-".join([source.key, f"{c['start']:06d}", *(f"{v:04d}" for v in (c.get("square") or ())[:2])])  # by what it shows, so that it stays
         clip = f"{folder.name}/{name}.mp4"
         on_list = any(source.key not in entry or Path(entry).stem == name for entry in dropped)
         c = dict(c, reason=c["reason"] or another_scene(c, a) or ("on the drop list" if on_list else None))
         result.append(c | (dict(clip=clip) if c["reason"] is None else {}))
     keep = {c.get("clip") for c in result}
-    for path in written_before(a.out).get(source.key, ()):                      # of other settings, or of a run that was killed
+    for path in written_before(a.out).get(source.key, ()):  # of other settings, or of a run that was killed
         if f"{path.parent.name}/{path.name}" not in keep:
             path.unlink(missing_ok=True)
     try:
@@ -518,7 +518,7 @@ def stage_key(a, stage, source):
     if stage == "detect":
         return values | dict(path=str(source.path), modified=data.changed(source.path), spans=source.spans)
     if stage == "validate":
-        values["clip"] = sdit.sha256(sdit.fetch(a.clip))                        # not its name alone: it may have been torn
+        values["clip"] = sdit.sha256(sdit.fetch(a.clip))  # not its name alone: it may have been torn
     before = read_stage(a.out / names[names.index(stage) - 1] / f"{source.key}.json") or {}
     values["before"] = zlib.crc32(json.dumps(before.get("candidates")).encode())
     return values | (dict(drop=drop_entries(source, a.out)) if stage == "write" else {})
@@ -549,7 +549,7 @@ def work(stage, source, a):
     if None in inputs:
         raise UserError(f"{source.path.name} has not gone through {'detect' if stage == 'validate' else 'validate'} yet")
     load = dict(detect=(get_landmarker,), validate=(lambda: get_encoder(str(a.clip)),), write=())[stage]
-    for network in load:                                                        # what fails here is not the video's fault
+    for network in load:  # what fails here is not the video's fault
         network()
     try:
         return STAGES[stage][0](source, a, *(i["candidates"] for i in inputs))
@@ -575,7 +575,7 @@ def attempt(stage, source, a):
             if source.path.exists():
                 raise
             return [dict(start=0, end=0, reason=str(e))], False
-        except Exception as e:                                                  # whatever goes wrong with a video, the rest goes on
+        except Exception as e:  # whatever goes wrong with a video, the rest goes on
             return [dict(start=0, end=0, reason=f"{type(e).__name__}: {e}")], False
     return [dict(start=0, end=0, reason="crashed the decoder")], False
 
@@ -585,7 +585,7 @@ def run_stage(stage, sources, a):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     (a.out / stage).mkdir(parents=True, exist_ok=True)
     counts, frames, began = Counter(), 0, time.perf_counter()
-    mine = [s for s in sources if zlib.crc32(s.key.encode()) % world == rank]   # the same share, whatever else there is
+    mine = [s for s in sources if zlib.crc32(s.key.encode()) % world == rank]  # the same share, whatever else there is
     todo = [s for s in mine if not is_done(stage, s, a)]
     bar = tqdm(todo, f"{stage}, rank {rank}" if world > 1 else stage, unit="video", disable=None)
     for source in bar:
@@ -715,7 +715,7 @@ def run_stages(a, sources, alone):
         dropped = read_drop(a.out) | {line.strip() for line in data.read_text(a.drop).splitlines()} - {""}
         data.write_text(a.out / "drop.txt", "\n".join(sorted(dropped)) + "\n")
     if a.command in ("run", "validate"):
-        sdit.fetch(a.clip)                                                      # a missing file is said before the work
+        sdit.fetch(a.clip)  # a missing file is said before the work
         if Path(a.clip).resolve().parent == DEMO:
             print("note: the bundled CLIP has seen rendered faces only; for real ones give --clip ViT-L-14")
     for folder, name in (a.arcface, "w600k_r50.onnx"), (a.hyperiqa, "koniq_pretrained.pkl"):
@@ -731,7 +731,7 @@ def run_stages(a, sources, alone):
     if a.command in ("run", "write"):
         sources = [s for s, _ in list_done(a, "validate")]
         if a.test < 1 and all(split_of(s.identity, a.test) == "test" for s in sources):
-            a.test = 0                                                          # the only identity is for training
+            a.test = 0  # the only identity is for training
         run_stage("write", sources, a)
         if alone:
             write_manifest(a)

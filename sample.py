@@ -33,7 +33,7 @@ import sdit
 from sdit import NoiseSchedule, UserError
 
 DEMO = Path(__file__).resolve().parent / "demo"
-CHUNK_TOKENS = dict(cpu=2048, cuda=8192)           # tokens that are denoised at once: bounds memory; the result is the same, to rounding
+CHUNK_TOKENS = dict(cpu=2048, cuda=8192)  # tokens that are denoised at once: bounds memory; the result is the same, to rounding
 
 # ----------------------------------------------------------------------------------------------------------------------
 # From a video to rows
@@ -48,7 +48,7 @@ def plan_rows(M, T, anchor=None):
     paper says "the central frame" and leaves dealing open; where T is even the exact centre can cost more rows.) `anchor` is the number
     of a frame here, in the samplers below that of the slot.
     keep marks each frame's one place in the result; elsewhere stand the anchor of rows 1.. and repetitions that fill slots."""
-    slot = T // 2                                                               # of the anchor in every row
+    slot = T // 2  # of the anchor in every row
 
     def count(f):
         """Rows needed with the anchor at frame f."""
@@ -95,9 +95,9 @@ class Settings:
     """How a video is sampled: all that decides the result besides model and inputs. Raises UserError on what is not there. The paper is
     silent on steps, sampler and guidance; ours were chosen on the demo (README, Where the paper is silent)."""
     steps: int = 20
-    sampler: str = "ddim:1"                        # ddim, ddim:ETA, ddpm or dpm++
-    guidance: float = 2.0                          # 1: none
-    method: str = "anchored"                       # multidiffusion and independent are there to compare with
+    sampler: str = "ddim:1"  # ddim, ddim:ETA, ddpm or dpm++
+    guidance: float = 2.0  # 1: none
+    method: str = "anchored"  # multidiffusion and independent are there to compare with
     seed: int = 0
 
     def __post_init__(self):
@@ -107,7 +107,7 @@ class Settings:
             raise UserError(f"no method {self.method!r}; choose {', '.join(METHODS)}")
         if not math.isfinite(self.guidance) or self.seed < 0:
             raise UserError("--guidance is a number, --seed one from 0 up")
-        self.sampler_step()                                                     # refuses what it does not know
+        self.sampler_step()  # refuses what it does not know
 
     def sampler_step(self):
         """(function of one step of the sampler, whether it needs fresh noise)."""
@@ -125,12 +125,12 @@ class Settings:
         """[(t, after)]: timesteps from 999 down to 0, and for each the one after it; -1 stands for clean latents. Evenly spaced, but for
         DPM-Solver++ in the logarithm of signal to noise: there its steps are of one size, in t it overshoots at the end."""
         last, n = NoiseSchedule.steps - 1, np.arange(self.steps)
-        t = np.linspace(last, 0, self.steps)[::-1]                              # ascending; a single step starts at the last
+        t = np.linspace(last, 0, self.steps)[::-1]  # ascending; a single step starts at the last
         if self.sampler == "dpm++" and self.steps > 1:
-            ratio = torch.logit(NoiseSchedule().alpha_bar).numpy()              # falls with t
+            ratio = torch.logit(NoiseSchedule().alpha_bar).numpy()  # falls with t
             t = np.interp(np.linspace(ratio[0], ratio[-1], self.steps), ratio[::-1], np.arange(last, -1, -1))
-        t = np.maximum.accumulate(t.round().astype(int) - n) + n                # no timestep twice: each above the one before,
-        t = np.minimum(t, last - n[::-1])[::-1].tolist()                        # and low enough to leave room for those after it
+        t = np.maximum.accumulate(t.round().astype(int) - n) + n  # no timestep twice: each above the one before,
+        t = np.minimum(t, last - n[::-1])[::-1].tolist()  # and low enough to leave room for those after it
         return list(zip(t, t[1:] + [-1]))
 
 
@@ -248,7 +248,7 @@ def sample_rest(model, x, frames, conditions, settings, anchor, bank, progress=l
 def sample_multidiffusion(model, x, conditions, settings, chunk, progress=lambda: None):
     """MultiDiffusion (Bar-Tal et al. 2023), to compare with: x (M, C, H, W), the whole video; what the windows that hold a frame predict for
     it is averaged, every step. conditions (M, D)."""
-    windows = torch.from_numpy(plan_windows(len(x), model.config.frames)).to(x.device)                  # (windows, T)
+    windows = torch.from_numpy(plan_windows(len(x), model.config.frames)).to(x.device)  # (windows, T)
     counts = torch.bincount(windows.flatten(), minlength=len(x)).view(-1, 1, 1, 1)
 
     def evaluate(i, x, t):
@@ -291,7 +291,7 @@ def sample_some(model, rows, numbers, conditions, settings, bar):
     config, device = model.config, conditions[0].device
     shape, anchor = (config.latent_channels, config.latent_size, config.latent_size), config.frames // 2
     size = min(getattr(model, "most_rows", math.inf), max(1, CHUNK_TOKENS.get(device.type, 2048) // (config.tokens * config.frames)))
-    every = np.arange(rows.shape[1])                                            # slots
+    every = np.arange(rows.shape[1])  # slots
     others = np.delete(every, anchor)
 
     def inputs(chunk, slots):
@@ -305,7 +305,7 @@ def sample_some(model, rows, numbers, conditions, settings, bar):
             chunk = numbers[i:i + size]
             yield chunk, lambda: bar.update(len(chunk))
 
-    if settings.method == "multidiffusion":                                     # in one process only
+    if settings.method == "multidiffusion":  # in one process only
         yield [0], every, sample_multidiffusion(model, inputs([0], every)[0][0], conditions, settings, size, bar.update)[None]
     elif settings.method == "independent":
         for chunk, progress in chunks(numbers):
@@ -330,7 +330,7 @@ class Partial:
         self.folder.mkdir(parents=True, exist_ok=True)
         others = [p for p in self.folder.glob("*-??????.safetensors") if not p.name.startswith(key)]
         for other in others:
-            other.unlink(missing_ok=True)                                       # other processes do the same
+            other.unlink(missing_ok=True)  # other processes do the same
         if others:
             print(f"{self.folder}: {len(others)} finished rows of another model, input or setting removed")
 
@@ -352,7 +352,7 @@ class Partial:
     def remove(self):
         for path in (*self.folder.glob("*-??????.safetensors"), *self.folder.glob(".*-??????.safetensors.tmp.safetensors")):
             path.unlink(missing_ok=True)
-        with suppress(OSError):                                                 # a user's files are in it
+        with suppress(OSError):  # a user's files are in it
             self.folder.rmdir()
 
 
@@ -377,8 +377,7 @@ def edit_scene(encoder, scene, edit):
 def make_scene(models, face, prompt, edit):
     """The scene (1, S) of a face crop (h, w, 3) uint8, a sentence, or both (the mean direction), edited.
 
-    A sentence's vector stands in as it is (paper 4.4). Pictures and texts lie apart in CLIP's space; moving the texts' mean onto the
-    pictures' changed nothing in the demo's CLIP, where the two nearly agree, and was not tried on a large one."""
+    A sentence's vector stands in as it is (paper 4.4), though pictures and texts lie apart in CLIP's space."""
     parts = [models.encoder.images(data.to_tensor(face[None]))] if face is not None else []
     parts += [models.encoder.texts([prompt])] if prompt else []
     scene = F.normalize(sum(parts), dim=-1)
@@ -399,7 +398,7 @@ def head_pose(points, onto):
 
 def neutral_frame(landmarks):
     """Number of the frame of landmarks (M, 478, 3) with the smallest mouth opening and rotation of the head."""
-    across, down = landmarks[:, 263] - landmarks[:, 33], landmarks[:, 152] - landmarks[:, 10]      # from eye to eye, from brow to chin
+    across, down = landmarks[:, 263] - landmarks[:, 33], landmarks[:, 152] - landmarks[:, 10]  # from eye to eye, from brow to chin
     turned = abs(np.arctan2(across[:, [2, 1]], across[:, :1])).sum(1) + abs(np.arctan2(down[:, 2], down[:, 1]))
     gap = np.linalg.norm(landmarks[:, 13] - landmarks[:, 14], axis=1) / np.linalg.norm(across, axis=1)
     return int((turned + gap).argmin())
@@ -415,18 +414,18 @@ def retargeted(driving, source):
     the driver's shape into the result). driving (M, 478, 3); source (478, 3), any unit.
 
     The neutral driving frame is compared with the source, laid onto it by its rigid points: how much wider and higher is the outline along
-    the head's own axes? Half of that is applied to every frame, turned and sized with the head. (One picture, with an expression of its own,
-    tells no more: the difference point by point, and the whole of it, were further from the truth on the demo world than raw landmarks.)"""
+    the head's own axes? Half of that is applied to every frame, turned and sized with the head: one picture,
+    with an expression of its own, tells no more."""
     neutral = driving[neutral_frame(driving)]
     scale, rotation = head_pose(source, neutral)
-    right, up = neutral[263] - neutral[33], neutral[10] - neutral[152]          # between the eyes, from chin to brow
+    right, up = neutral[263] - neutral[33], neutral[10] - neutral[152]  # between the eyes, from chin to brow
     right = right / np.linalg.norm(right)
     up = up - up @ right * right
     up = up / np.linalg.norm(up)
-    axes = np.stack([right, up, np.cross(right, up)], 1)                        # (3, 3), of the head, in columns
+    axes = np.stack([right, up, np.cross(right, up)], 1)  # (3, 3), of the head, in columns
     ours, theirs = ((p - p[RIGID].mean(0)) @ axes for p in (neutral, scale * source @ rotation.T))
-    stretch = (ours[OVAL] * theirs[OVAL]).sum(0) / (ours[OVAL] ** 2).sum(0)     # of width, height, depth; depth is hardly seen
-    difference = ours * ((stretch - 1) / 2 * (1, 1, 0)) @ axes.T                # (478, 3)
+    stretch = (ours[OVAL] * theirs[OVAL]).sum(0) / (ours[OVAL] ** 2).sum(0)  # of width, height, depth; depth is hardly seen
+    difference = ours * ((stretch - 1) / 2 * (1, 1, 0)) @ axes.T  # (478, 3)
     poses = (head_pose(neutral, frame) for frame in driving)
     return np.stack([frame + size * difference @ turn.T for frame, (size, turn) in zip(driving, poses)]).astype(np.float32)
 
@@ -443,7 +442,7 @@ class Models:
     landmarker: data.FaceLandmarker
     sha256: str
     device: torch.device
-    engine: object = None                          # of export.py, in place of the SDiT's layers
+    engine: object = None  # of export.py, in place of the SDiT's layers
 
     @property
     def size(self):
@@ -462,7 +461,7 @@ def load_models(path=DEMO / "sdit.safetensors", device=None, engine=None):
         from export import load_engine
         engine = load_engine(engine, sdit.sha256(path), device)
     if device.type == "cuda" and sdit.has_bf16("cuda") and not engine:
-        mapping, model.mapping = model.mapping, None                            # out of the way of `to`, then back
+        mapping, model.mapping = model.mapping, None  # out of the way of `to`, then back
         model.to(torch.bfloat16).mapping = mapping
     return Models(model, sdit.load_autoencoder(sdit.find_weights(config.autoencoder, config.autoencoder_sha256, path), device),
                   data.SceneEncoder(sdit.find_weights(config.clip, config.clip_sha256, path), device), data.FaceLandmarker(), sdit.sha256(path), device, engine)
@@ -494,7 +493,7 @@ def write_frames(paths, latent, wanted, autoencoder, driving, square, source, co
     """Decode, put in order and write: the result to paths[0], the comparison to a second path. latent(frame) gives a latent; frames go
     out as they are decoded, eight at a time."""
     span = [float(f / driving.fps) for f in (wanted[0], wanted[-1] + 1)]
-    span = span if len(wanted) < len(driving) else (0.0, math.inf)               # a whole video keeps its sound to the end
+    span = span if len(wanted) < len(driving) else (0.0, math.inf)  # a whole video keeps its sound to the end
     device = next(autoencoder.parameters()).device
     shown = (frame for i, frame in enumerate(driving) if i in wanted)
     with ExitStack() as stack, tqdm(total=len(wanted), desc="writing", unit="frame", leave=False, disable=None) as bar:
@@ -562,7 +561,7 @@ def reenact(source=None, driving=DEMO / "driving.mp4", out="reenacted.mp4", mode
                 if still and len(wanted) > 1:
                     raise UserError(f"{out} cannot hold {len(wanted)} frames; name it like out.mp4")
                 for path in paths if rank == 0 and not still else ():
-                    data.sound_way(video, path.suffix.lower())                  # says now what cannot be taken over
+                    data.sound_way(video, path.suffix.lower())  # says now what cannot be taken over
                 picture, shape, people = read_source(source, models.landmarker, models.size, source_face) if source else (None, None, 0)
                 tracked = data.track(video, models.landmarker, driving, len(video), driving_face)
                 landmarks = retargeted(tracked.landmarks, shape) if retarget else tracked.landmarks
@@ -578,7 +577,7 @@ def reenact(source=None, driving=DEMO / "driving.mp4", out="reenacted.mp4", mode
         missed = int((~tracked.found).sum())
         if missed and rank == 0:
             print(f"no face found in {missed} of {len(video)} frames of {driving}; their landmarks are interpolated")
-        if world > 1:                                                           # those of rank 0, should ranks differ by a bit
+        if world > 1:  # those of rank 0, should ranks differ by a bit
             shared = [[c.cpu() for c in conditions]]
             dist.broadcast_object_list(shared)
             conditions = [c.to(models.device) for c in shared[0]]
@@ -590,13 +589,13 @@ def reenact(source=None, driving=DEMO / "driving.mp4", out="reenacted.mp4", mode
             finished = Partial(out, key)
             latent = sample_video(models.engine or models.sdit, conditions, settings, wanted, finished, (rank, world))
 
-        with together():                                                        # the next line may drive with this result
+        with together():  # the next line may drive with this result
             if rank == 0:
                 about = dict(tool="anchored-diffusion", model=models.sha256[:16], **settings_used, prompt=prompt, edit=edit, retarget=retarget)
                 comment = "synthetic, AI-generated face video; " + json.dumps({k: v for k, v in about.items() if v is not None})
                 write_frames(paths, latent, wanted, models.autoencoder, video, tracked.square, picture, comment, watch)
                 finished.remove()
-                for path in outputs(out, True):                                 # of killed runs
+                for path in outputs(out, True):  # of killed runs
                     sdit.hidden(path, f".tmp{path.suffix}").unlink(missing_ok=True)
                 side = max(256, models.size)
                 print(f"{' and '.join(map(str, paths))}: {len(wanted)} frames of {side} x {side}\n{watch}")
@@ -676,7 +675,7 @@ def reenact_pairs(path, models, **options):
                 raise UserError(reasons[i])
             reenact(model=models, **options | job | dict(prompt=prompt))
             written += 1
-        except Exception as e:                                                  # whatever is wrong with a line, the rest goes on
+        except Exception as e:  # whatever is wrong with a line, the rest goes on
             if not dist.is_initialized() or dist.get_rank() == 0:
                 print(f"{path}, line {i + 2}: {e if isinstance(e, UserError) else f'{type(e).__name__}: {e}'}; skipped", file=sys.stderr)
     with together():
@@ -712,7 +711,7 @@ def arguments():
 
 def main():
     a = arguments()
-    if "WORLD_SIZE" in os.environ:                                              # under torchrun: rank 0's conditions are everyone's, and one waits for all
+    if "WORLD_SIZE" in os.environ:  # under torchrun: rank 0's conditions are everyone's, and one waits for all
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
         if torch.cuda.is_available() and not a.device:
             a.device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
@@ -720,7 +719,7 @@ def main():
     given = {a.source and a.source.resolve(), a.driving.resolve()}
     if os.environ.get("RANK", "0") == "0" and a.model.resolve() == DEMO / "sdit.safetensors" and (a.pairs or not given <= bundled):
         print("note: the bundled model knows rendered faces only: the result is a rendered face that moves like the driving person, not the "
-              "person in the picture; for real faces train a model on real clips (README, Train) and give it with --model")
+              "person in the picture; for real faces train a model on real clips (README, Train) and give it with --model", flush=True)
     options = {k: v for k, v in vars(a).items() if k not in ("pairs", "source", "driving", "out", "model", "device", "engine")}
     if a.pairs:
         reenact_pairs(a.pairs, load_models(a.model, a.device, a.engine), **options)
