@@ -650,7 +650,9 @@ class Screen:
     square pixels, BT.709 colours, all of the first one's size."""
 
     def __init__(self, stream):
-        self.aspect, self.size, self.kind = float(stream.sample_aspect_ratio or 1), None, None
+        aspect, self.size, self.kind = float(stream.sample_aspect_ratio or 1), None, None
+        self.aspect = aspect if 0.05 < aspect < 20 else 1  # a tag gone mad
+        self.name = stream.container.name.removeprefix("file:")
 
     def __call__(self, frame):
         matrix = bytes(frame.side_data.get("DISPLAYMATRIX") or b"")
@@ -686,7 +688,11 @@ class Screen:
         turns = (turned, "transpose"), (across < 0, "hflip"), (down < 0, "vflip")
         chain += [graph.add(name) for needed, name in turns if needed]
         chain += [graph.add("format", "rgb24"), graph.add("buffersink")]
-        graph.link_nodes(*chain).configure()
+        try:
+            graph.link_nodes(*chain).configure()
+        except av.FFmpegError as e:  # such as YCgCo
+            reason = f"{self.name} has colours that cannot be shown ({e.strerror})"
+            raise UserError(f"{reason}; re-encode it") from None
         return graph
 
 

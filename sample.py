@@ -1132,28 +1132,21 @@ def arguments():
 
 def main():
     a = arguments()
-    if (
-        "WORLD_SIZE" in os.environ
-    ):  # under torchrun: rank 0's conditions are everyone's, and one waits for all
+    # under torchrun rank 0's conditions are everyone's, and one waits for all
+    if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
         if torch.cuda.is_available() and not a.device:
             a.device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     bundled = {None, DEMO / "source.png", DEMO / "driving.mp4"}
     given = {a.source and a.source.resolve(), a.driving.resolve()}
-    if (
-        os.environ.get("RANK", "0") == "0"
-        and a.model.resolve() == DEMO / "sdit.safetensors"
-        and (a.pairs or not given <= bundled)
-    ):
-        print(
-            "note: the bundled model knows rendered faces only: the result is a rendered face that moves like the driving person, not the "
-            "person in the picture; for real faces train a model on real clips (README, Train) and give it with --model"
-        )
-    options = {
-        k: v
-        for k, v in vars(a).items()
-        if k not in ("pairs", "source", "driving", "out", "model", "device", "engine")
-    }
+    foreign = a.pairs or not given <= bundled
+    if os.environ.get("RANK", "0") == "0" and a.model.resolve() == DEMO / "sdit.safetensors" and foreign:
+        print("note: the bundled model knows rendered faces only: the result is a rendered face that "
+              "moves like the driving person, not the person in the picture; for real faces train a "
+              "model on real clips (README, Train) and give it with --model", flush=True)
+
+    own = ("pairs", "source", "driving", "out", "model", "device", "engine")
+    options = {k: v for k, v in vars(a).items() if k not in own}
     if a.pairs:
         reenact_pairs(a.pairs, load_models(a.model, a.device, a.engine), **options)
     else:

@@ -117,6 +117,19 @@ def test_untagged_colours(height, matrix, tmp_path):
     assert abs(next(iter(data.Video(path))).mean((0, 1)) - (230, 120, 40)).max() < 3
 
 
+@pytest.mark.parametrize("space", [8, 14])
+def test_colours_that_cannot_be_shown_are_one_sentence(space, tmp_path):
+    """YCgCo and ICtCp, which FFmpeg's scaler does not know."""
+    path = encode(tmp_path / "x.mp4", coded(2), tags=dict(colorspace=space))
+    with pytest.raises(sdit.UserError, match="x.mp4 has colours that cannot be shown"):
+        next(iter(data.Video(path)))
+
+
+def test_a_mad_shape_of_pixels_takes_no_gigabytes(tmp_path):
+    path = encode(tmp_path / "x.mp4", coded(2), options={"x264-params": "sar=60000/1"})
+    assert next(iter(data.Video(path))).shape == (64, 128, 3)
+
+
 def perceptual_quantizer(nits):
     y = (nits / 10000) ** 0.1593017578125
     return ((0.8359375 + 18.8515625 * y) / (1 + 18.6875 * y)) ** 78.84375

@@ -402,6 +402,17 @@ def test_faces_are_not_for_git():
     assert {"/clips*/", "/cache*/", "/videos*/", "*.partial/"} <= set(lines)
 
 
+def test_the_note_on_photographs_comes_first(monkeypatch):
+    """It is out before the work, even into a pipe, where errors would overtake it."""
+    said, seen = io.BytesIO(), []
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(said))
+    monkeypatch.setattr(sample, "reenact", lambda *_, **__: seen.append(said.getvalue()))
+    for given in (["--source", "photo.jpg"], ["--driving", "film.mp4"], []):
+        monkeypatch.setattr("sys.argv", ["sample.py", *given])
+        sample.main()
+    assert seen[0].startswith(b"note: the bundled model knows rendered faces only") and seen[1] == seen[0] * 2 == seen[2]
+
+
 # Under torchrun
 
 def launched(*given, **more):
