@@ -536,7 +536,9 @@ def clip_pixels(pixels, size):
         bicubic = functional.InterpolationMode.BICUBIC
         pixels = functional.resize(pixels, size, bicubic, antialias=True).clamp(-1, 1)
     pixels = functional.center_crop(pixels, size)
-    return functional.normalize((pixels + 1) / 2, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+    # not functional.normalize, which waits for the GPU to look at the divisor
+    mean, std = (pixels.new_tensor(x).view(3, 1, 1) for x in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+    return ((pixels + 1) / 2 - mean) / std
 
 
 # --------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ SIDE, RATE = 192, 24
 def shot(person, frames=30, where=(60, 40), seed=None, still=False):
     """Frames (frames, 280, 400, 3): a rendered person in front of a grey-blue ramp, SIDE pixels wide at `where`."""
     world = rendered_world()
-    face = world.sample_face(np.random.default_rng(person))
-    motion = world.sample_motion(np.random.default_rng(seed or person), 1 if still else frames)
+    face = world.sample_face(np.random.default_rng(person + 3))
+    motion = world.sample_motion(np.random.default_rng((seed or person) + 3), 1 if still else frames)
     canvas, (x, y) = background(frames, person), where
     for f, picture in enumerate(world.render_clip(face, motion, 128)):
         picture = cv2.resize(picture, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC)

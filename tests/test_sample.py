@@ -390,7 +390,7 @@ def test_pairs_with_text_faces_and_bad_lines(world, tmp_path, clip, monkeypatch,
     sample.reenact(out=tmp_path / "shape.mp4", retarget=True, **options)
     for name in ("face", "edit", "shape"):
         assert abs(frames_of(tmp_path / f"{name}.mp4") - made[0]).mean() > 0.5
-    for wrong, message in ((dict(face=(2,)), "no face number 2 in .*driving.mp4, .* has 2"), (dict(edit="red hair"), "is not of the form"),
+    for wrong, message in ((dict(face=(2,)), "no face number 2 in .*driving.mp4: .* has 2"), (dict(edit="red hair"), "is not of the form"),
                            (dict(edit="a -> b:nan"), "is not of the form"),
                            (dict(source=None, prompt="a face", retarget=True), "give a --source"), (dict(sampler="euler"), "no sampler 'euler'"),
                            (dict(sampler="ddim:2"), "no sampler"), (dict(method="best"), "no method")):
