@@ -987,7 +987,7 @@ def train_denoiser(rows, signals, a, batch=16):
     data and noise."""
     torch.manual_seed(a.seed)
     model, schedule = train.build_model(rows, "demo", 1), NoiseSchedule()
-    optimizer = train.build_optimizer(model, 1e-3, 0.01)
+    optimizer = train.build_optimizer(model, 1e-3, 1e-4, 0.01)
     rule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, a.train_steps)
     precision = torch.autocast("cpu", torch.bfloat16, enabled=sdit.has_bf16("cpu"))
     sampler = train.shares(0, a.train_steps, batch, 0, 1, 1)
