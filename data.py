@@ -805,7 +805,7 @@ class CacheWriter:
         """The manifest's entry of a record; None where it is not there or torn. UserError where it
         was made with something else."""
         try:
-            with safetensors.safe_open(path, "np") as f:
+            with sdit.open_tensors(path) as f:
                 config = json.loads(f.metadata()["config"])
         except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError):
             return None
@@ -958,7 +958,7 @@ class Rows(torch.utils.data.Dataset):
         """The record of a clip of a cache, memory-mapped."""
         path = self.folders[cache] / str(self.names[cache][clip])
         try:
-            return safetensors.safe_open(path, "pt")
+            return sdit.open_tensors(path)
         except (OSError, safetensors.SafetensorError) as e:
             raise UserError(f"{path} is gone or torn ({e}); remove {path.parent / 'index.json'} and give the data.py command again: "
                             f"it makes what is missing") from None

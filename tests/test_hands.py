@@ -49,6 +49,17 @@ def test_videos_of_any_name(tmp_path):
     assert len(list(tmp_path.iterdir())) == 6                                   # and nothing else
 
 
+def test_rows_and_caches_of_any_name(tmp_path):
+    """The library of safetensors takes no name that is not UTF-8."""
+    home = tmp_path / os.fsdecode(b"caf\xe9")
+    home.mkdir()
+    rows = sample.Partial(home / "o.mp4", "k")
+    rows[1] = torch.ones(3)
+    assert 1 in rows and rows[1].sum() == 3
+    assert len(data.Rows(write_cache(home / "cache", [1, 2]), 8)[0]["latents"]) == 8
+    assert all(map(data.CacheWriter(home / "cache", {}).read, (home / "cache").glob("clip-*")))
+
+
 def test_folders_behind_links(tmp_path):
     (tmp_path / "disk" / "real").mkdir(parents=True)
     (tmp_path / "disk" / "real" / "a.mp4").touch()
