@@ -130,8 +130,8 @@ def search(a):
         raise UserError("name a file of queries, one a line: python curate.py search queries.txt")
     queries = [line.strip() for line in data.read_text(a.source).splitlines() if line.strip() and not line.startswith("#")]
     for query in queries:
-        if query.startswith("-"):  # yt-dlp would take it for an option, and some run programs
-            raise UserError(f"{a.source}: {query!r} begins with a dash; a query is words, or an address")
+        if query.startswith("-") or "\0" in query:  # yt-dlp would take it for an option, and some run programs
+            raise UserError(f"{a.source}: {query!r} begins with a dash, or is no text; a query is words, or an address")
     a.out.mkdir(parents=True, exist_ok=True)
     log = a.out / "search.jsonl"
     done = {line.get("query") for line in data.read_lines([log]) if line.get("done")} if log.exists() else set()
