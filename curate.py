@@ -154,8 +154,8 @@ def read_queries(path):
         raise UserError("name a file of queries, one a line: python curate.py search queries.txt")
     lines = map(str.strip, data.read_text(path).splitlines())
     queries = [line for line in lines if line and not line.startswith("#")]
-    if options := [q for q in queries if q.startswith("-")]:  # some run programs
-        raise UserError(f"{path}: {options[0]!r} begins with a dash; give words, or an address")
+    if options := [q for q in queries if q.startswith("-") or "\0" in q]:  # some run programs
+        raise UserError(f"{path}: {options[0]!r} begins with a dash, or is no text; give words, or an address")
     return queries
 
 

@@ -133,7 +133,7 @@ class Rows(torch.utils.data.Dataset):
         path = self.folders[cache] / str(self.names[cache][clip])
         again = f"remove {path.parent / 'index.json'} and give the data.py command again"
         try:
-            return safetensors.safe_open(path, "pt")
+            return sdit.open_tensors(path)
         except (OSError, safetensors.SafetensorError) as e:
             raise UserError(f"{path} is gone or torn ({e}); {again}") from None
 
@@ -1152,7 +1152,7 @@ class CacheWriter:
         """The manifest entry of a record; None where it is missing or torn. UserError where it was
         made with other settings."""
         try:
-            with safetensors.safe_open(path, "np") as f:
+            with sdit.open_tensors(path) as f:
                 config = json.loads(f.metadata()["config"])
         except (OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError):
             return None

@@ -472,7 +472,7 @@ class Partial:
     Other files in the folder are not ours."""
 
     def __init__(self, out, key):
-        self.folder, self.key = Path(f"{out}.partial"), key
+        self.folder, self.key = Path(f"{Path(out)}.partial"), key
         if len(os.fsencode(self.folder.name)) > 255:
             self.folder = sdit.hidden(out, ".partial")
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -783,6 +783,16 @@ def write_tensors(path, tensors, config):
         temporary.write_bytes(safetensors.torch.save(tensors, {"config": json.dumps(config)}))
 
 
+def open_tensors(path):
+    """A safetensors file, memory-mapped. The library takes no name that is not UTF-8: a link has one."""
+    with contextlib.ExitStack() as stack:
+        if os.fsencode(path) != str(path).encode(errors="replace"):
+            link = Path(stack.enter_context(tempfile.TemporaryDirectory()), "link")
+            link.symlink_to(Path(path).absolute())
+            path = link
+        return safetensors.safe_open(path, "pt")
+
+
 def read_tensors(path):
     """(tensors, config) of a model file: safetensors (config from its metadata, {} where there is
     none), or a checkpoint of PyTorch, which is loaded with weights_only=True."""
@@ -791,7 +801,7 @@ def read_tensors(path):
     try:
         if Path(path).suffix in (".pt", ".pth", ".ckpt", ".bin"):
             return load_pickle(path), {}
-        with safetensors.safe_open(path, "pt") as f:
+        with open_tensors(path) as f:
             tensors = {k: f.get_tensor(k) for k in f.keys()}
             config = json.loads((f.metadata() or {}).get("config", "{}"))
         if not isinstance(config, dict):

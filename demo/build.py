@@ -9,6 +9,7 @@ two example inputs go to demo/ (--quick: they stay in its folder). To make a par
 took, and what else was tried, stands in demo/README.md.
 """
 import argparse
+import contextlib
 import dataclasses
 import functools
 import math
@@ -29,6 +30,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import data
@@ -39,9 +41,6 @@ import world
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 autocast = torch.autocast(device, torch.bfloat16, enabled=sdit.has_bf16(device))
-if device == "cpu":                                # the fused kernel's backward pass takes half of a step there
-    torch.backends.cuda.enable_flash_sdp(False)
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
 
 
 @dataclasses.dataclass
@@ -289,6 +288,19 @@ def photographed(pictures, size, rng):
     return made.clamp(0, 1) * 2 - 1
 
 
+@contextlib.contextmanager
+def attention():
+    """On a CPU written out: the fused kernel's backward pass takes half of a step there."""
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    kinds = [SDPBackend.MATH] if device == "cpu" else list(SDPBackend.__members__.values())
+    try:
+        with sdpa_kernel(kinds):
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
+
+
 def contrast(a, b, scale):
     """Symmetric cross-entropy of matching vectors a, b (B, S) to each other."""
     logits = scale.exp().clamp(max=100) * a @ b.T
@@ -355,7 +367,7 @@ def build_clip(recipe, batch=80, lr=1e-3):
         views = [photographed(views[0], size, rng), photographed(views[1], size, rng) if step % 3 else plain]
         sentences = [world.caption(people[i], rng if step % 2 else None) for i in chosen]
 
-        with autocast:
+        with autocast, attention():
             seen = model.encode_image(data.clip_pixels(torch.cat(views).to(device), size), normalize=True)
             read = model.encode_text(tokenizer(sentences).to(device), normalize=True)
         first, second = seen.float().chunk(2)

@@ -49,6 +49,18 @@ def test_videos_of_any_name(tmp_path):
     assert len(list(tmp_path.iterdir())) == 6                                   # and nothing else
 
 
+def test_rows_and_caches_of_any_name(tmp_path):
+    """The library of safetensors takes no name that is not UTF-8."""
+    home = tmp_path / os.fsdecode(b"caf\xe9")
+    home.mkdir()
+    rows = sample.Partial(f"{home}/o.mp4/", "k")
+    assert not (home / "o.mp4").exists()
+    rows[1] = torch.ones(3)
+    assert 1 in rows and rows[1].sum() == 3
+    assert len(data.Rows(write_cache(home / "cache", [1, 2]), 8)[0]["latents"]) == 8
+    assert all(map(data.CacheWriter(home / "cache", {}).read, (home / "cache").glob("clip-*")))
+
+
 def test_folders_behind_links(tmp_path):
     (tmp_path / "disk" / "real").mkdir(parents=True)
     (tmp_path / "disk" / "real" / "a.mp4").touch()
@@ -259,7 +271,7 @@ def test_postscript_is_no_picture(tmp_path, monkeypatch):
 def test_a_query_is_no_option(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda _: "yt-dlp")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it was run"))
-    for line in ("--exec=touch x://y", "-o x", "\ufeff--help"):
+    for line in ("--exec=touch x://y", "-o x", "\ufeff--help", "a\0b"):
         (tmp_path / "q.txt").write_text(f"{line}\n")
         with pytest.raises(sdit.UserError, match="begins with a dash"):
             curate.search(type("A", (), dict(source=tmp_path / "q.txt", out=tmp_path, top=1)))
