@@ -38,7 +38,6 @@ import torch
 from tqdm import tqdm
 
 import data
-import sdit
 from data import mesh_box, overlap
 from sdit import UserError
 
@@ -155,7 +154,9 @@ def read_queries(path):
     lines = map(str.strip, data.read_text(path).splitlines())
     queries = [line for line in lines if line and not line.startswith("#")]
     if options := [q for q in queries if q.startswith("-") or "\0" in q]:  # some run programs
-        raise UserError(f"{path}: {options[0]!r} begins with a dash, or is no text; give words, or an address")
+        raise UserError(
+            f"{path}: {options[0]!r} begins with a dash, or is no text; give words, or an address"
+        )
     return queries
 
 
@@ -575,7 +576,7 @@ def get_device():
 
 @functools.cache
 def get_encoder(path):
-    return data.SceneEncoder(sdit.fetch(path), get_device())
+    return data.SceneEncoder(data.fetch(path), get_device())
 
 
 @functools.cache
@@ -608,7 +609,7 @@ def stage_key(a, stage, source):
         return values | dict(path=str(source.path), modified=modified, spans=source.spans)
 
     if stage == "validate":
-        values["clip"] = sdit.sha256(sdit.fetch(a.clip))
+        values["clip"] = data.sha256(data.fetch(a.clip))
     if stage == "write":
         values["drop"] = drop_entries(source, a.out)
     before = read_stage(stage_file(a, BEFORE[stage], source)) or {}
@@ -660,7 +661,7 @@ def no_candidate(reason):
 def worker():
     """The process that does the work: a video that crashes the decoder kills it, not the run."""
     spawn = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(1, spawn, sdit.end_with_parent)
+    return concurrent.futures.ProcessPoolExecutor(1, spawn, data.end_with_parent)
 
 
 def attempt(stage, source, a):
@@ -795,8 +796,8 @@ def stats(a):
 
 
 def arguments():
-    ap = sdit.Parser(__doc__)
-    add, number = ap.add_argument, sdit.number
+    ap = data.Parser(__doc__)
+    add, number = ap.add_argument, data.number
     cosine = number(float, -2, 2)
     add("command", choices=["run", "search", *STAGES, "stats"])
     add("source", type=Path, nargs="?", help="folder of videos; of `search`: a file of queries")
@@ -843,14 +844,14 @@ def main():
             example = f"python curate.py {a.command} VIDEOS --out {a.out}"
             raise UserError(f"name the folder of videos: {example}")
         sources = list_sources(a.source, a.out)
-    with sdit.owned(a.out / f"rank-{rank}"):
+    with data.owned(a.out / f"rank-{rank}"):
         run_stages(a, sources, world == 1)
 
 
 def run_stages(a, sources, alone):
     # Missing files are named before the work
     if a.command in ("run", "validate"):
-        sdit.fetch(a.clip)
+        data.fetch(a.clip)
         if Path(a.clip).resolve().parent == DEMO:
             only = "the bundled CLIP has seen rendered faces only"
             print(f"note: {only}; for real ones give --clip ViT-L-14")
@@ -881,4 +882,4 @@ def run_stages(a, sources, alone):
 
 
 if __name__ == "__main__":
-    sdit.run_main(main)
+    data.run_main(main)

@@ -6,7 +6,9 @@
 `sample.py` prepares a driving video and a source picture with the same functions.
 """
 
+import argparse
 import contextlib
+import ctypes
 import errno
 import functools
 import hashlib
@@ -14,9 +16,11 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -29,6 +33,7 @@ from pathlib import Path
 
 import av
 import cv2
+import filelock
 import numpy as np
 import safetensors
 import safetensors.torch
@@ -481,6 +486,101 @@ def to_images(tensor):
 # --------------------------------------------------------------------------------------------------
 # Frozen models
 
+
+def send(x, device):
+    """x on the device. To a GPU it goes from pinned memory, so that the host need not wait."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def get_device(name=None):
+    """torch.device of "cpu", "cuda", "cuda:1" ...; None: a GPU where there is one. UserError where
+    it is not there."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+        return device
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(
+            f"no device {name} here ({str(e).partition(chr(10))[0]}); give cpu, cuda or cuda:1"
+        ) from None
+
+
+@functools.cache
+def sha256(path):
+    """Hex digest of a file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+HOME = os.path.expanduser("~")  # still "~" for a user without an entry in passwd
+DOWNLOADS = Path(tempfile.gettempdir() if HOME == "~" else HOME) / ".cache" / "anchored-diffusion"
+HUB = "https://huggingface.co"
+# Third-party weights by name: address, pinned to a revision where one is known to us, and sha256
+# where it is.
+WEIGHTS = {
+    "sd-vae-ft-mse": (
+        f"{HUB}/stabilityai/sd-vae-ft-mse/resolve/31f26fdeee1355a5c34592e401dd41e45d25a493/diffusion_pytorch_model.safetensors",
+        "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
+    ),
+    "sd-vae-ft-ema": (
+        f"{HUB}/stabilityai/sd-vae-ft-ema/resolve/f04b2c4b98319346dad8c65879f680b1997b204a/diffusion_pytorch_model.safetensors",
+        None,
+    ),
+    "ViT-L-14": (
+        f"{HUB}/timm/vit_large_patch14_clip_224.openai/resolve/main/open_clip_model.safetensors",
+        None,
+    ),
+}
+
+
+def fetch(name):
+    """Path of weights given as a file or as a name of WEIGHTS, which is downloaded once to
+    DOWNLOADS."""
+    if str(name) not in WEIGHTS:
+        if not Path(name).is_file():
+            raise UserError(
+                f"no such file: {name} (and no name of weights; those are {', '.join(WEIGHTS)})"
+            )
+        return Path(name)
+    (url, digest), path = WEIGHTS[str(name)], DOWNLOADS / f"{name}.safetensors"
+    if path.is_file():
+        return path
+    DOWNLOADS.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{path}.lock"):  # of several processes, one downloads
+        if not path.is_file():
+            try:
+                torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
+                safetensors.safe_open(path, "pt")
+            except (
+                OSError,
+                RuntimeError,
+                safetensors.SafetensorError,
+            ) as e:  # no network; another checksum; a torn file
+                path.unlink(missing_ok=True)
+                raise UserError(
+                    f"cannot download {name} ({e}); fetch {url} by hand and put it at {path}"
+                ) from None
+    return path
+
+
+def find_weights(name, digest, beside):
+    """Path of the file `name` with the sha256 `digest`: beside the model file `beside`, in the
+    download folder, or the demo's; or by named download."""
+    folders = [Path(beside).parent, DOWNLOADS, Path(__file__).parent / "demo"]
+    for path in (folder / name for folder in folders):
+        if path.is_file() and sha256(path) == digest:
+            return path
+    if (
+        name.removesuffix(".safetensors") in WEIGHTS
+        and sha256(path := fetch(name.removesuffix(".safetensors"))) == digest
+    ):
+        return path
+    raise UserError(
+        f"{beside} was made with {name} (sha256 {digest[:12]}...), which is neither beside it nor in "
+        f"{folders[1]}; put that file there"
+    )
+
+
 # What a CLIP file may configure; open_clip would take more, and download what it names
 CLIP_KEYS = dict(
     embed_dim=1,
@@ -537,7 +637,9 @@ def clip_pixels(pixels, size):
         pixels = functional.resize(pixels, size, bicubic, antialias=True).clamp(-1, 1)
     pixels = functional.center_crop(pixels, size)
     # not functional.normalize, which waits for the GPU to look at the divisor
-    mean, std = (pixels.new_tensor(x).view(3, 1, 1) for x in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+    mean, std = (
+        pixels.new_tensor(x).view(3, 1, 1) for x in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+    )
     return ((pixels + 1) / 2 - mean) / std
 
 
@@ -1002,6 +1104,30 @@ class VideoWriter(contextlib.ExitStack):
 # Files
 
 
+@contextlib.contextmanager
+def owned(path):
+    """Hold the lock of an output; a second run is refused. It is free when its owner dies."""
+    file = sdit.hidden(path, ".lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        owner = file.exists() and file.read_text() or "another process"
+        raise UserError(
+            f"{path} is being made by {owner}; wait for it, or name another --out"
+        ) from None
+    except NotImplementedError:  # a file system without locks
+        lock = None
+    try:
+        file.write_text(f"process {os.getpid()}")
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        if lock:
+            lock.release()
+
+
 def list_files(folder, kinds):
     """Sorted files of a folder tree with one of the endings; links to folders are followed, hidden
     (unfinished) files left out."""
@@ -1178,9 +1304,9 @@ def cache_about(autoencoder_path, clip_path, autoencoder, scene_width, size):
         scene_width=scene_width,
         landmarker=FaceLandmarker.name,
         autoencoder=Path(autoencoder_path).name,
-        autoencoder_sha256=sdit.sha256(autoencoder_path),
+        autoencoder_sha256=sha256(autoencoder_path),
         clip=Path(clip_path).name,
-        clip_sha256=sdit.sha256(clip_path),
+        clip_sha256=sha256(clip_path),
     )
 
 
@@ -1273,7 +1399,7 @@ def finish_cache(writer, paths):
     if missing := entries.count(None):
         return print(f"{missing} clips are left for the other ranks; the last one writes the index")
     try:
-        with sdit.owned(writer.folder / "index.json"):
+        with owned(writer.folder / "index.json"):
             writer.finish(entries)
     except UserError:  # another rank was as quick
         return
@@ -1315,11 +1441,163 @@ def bench(cache, frames=8, rows=2000):
 
 
 # --------------------------------------------------------------------------------------------------
+# The command line
+
+while (_file := os.open(os.devnull, os.O_RDWR)) < 3:
+    pass  # stderr is closed: no other file may get its number
+os.close(_file)
+for _name in ("stdout", "stderr"):
+    if getattr(sys, _name) is None:
+        setattr(sys, _name, open(os.devnull, "w"))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with every default in --help, and one sentence for a mistake."""
+
+    class Formatter(argparse.RawDescriptionHelpFormatter):
+        def _get_help_string(self, action):
+            text = action.help or ""
+            shown = "default" in text or action.default in (None, False, argparse.SUPPRESS)
+            return text if shown else f"{text} (default: %(default)s)".strip()
+
+    def __init__(self, description):
+        super().__init__(
+            description=description, formatter_class=self.Formatter, allow_abbrev=False
+        )
+
+    def add_argument(self, *names, **options):
+        return super().add_argument(*names, **{"help": ""} | options)
+
+    def error(self, message):
+        if message.startswith("argument "):
+            message = message[9:].replace(": ", " ", 1)
+        raise UserError(f"{message}; --help says what can be given")
+
+
+def number(kind, low, high=math.inf):
+    """For argparse's `type`: an int or float from `low` to `high`, never nan or inf."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or math.isinf(value):
+            end = "" if high == math.inf else f", up to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not a number of {low} or more{end}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
+
+
+def end_with_parent(*_):
+    """Of a worker process: end when the process that started it is gone, even by kill -9. Ctrl-C
+    and SIGTERM, which a group of processes gets together, are that one's affair."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def interrupt(number, _):
+    if SAID and SAID.exists():  # this rank only follows
+        with contextlib.suppress(RuntimeError, OSError):
+            sys.stdout.flush()
+        os._exit(2)
+    raise KeyboardInterrupt(number)
+
+
+def run_main(main):
+    """Run a script's `main`. What a user can mend is one sentence on stderr and exit code 2;
+    Ctrl-C and SIGTERM are one line."""
+    signal.signal(signal.SIGTERM, interrupt)
+    if launcher():
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: do not outlive it
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # terminals in ASCII, names that are not UTF-8
+            stream.reconfigure(errors="backslashreplace")
+    code = 2
+    try:
+        main()
+        return flush()
+    except UserError as e:
+        code, text = e.code, f"error: {e}"
+    except KeyboardInterrupt as e:
+        code = 128 + (e.args[0] if e.args else signal.SIGINT)
+        text = "stopped; the same command goes on from what is finished"
+    except BrokenPipeError:  # `| head`
+        text = ""
+    except Exception as e:
+        text = f"error: {explain(e)}"
+    finally:  # worker processes would keep this one from ending
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        for child in multiprocessing.active_children():
+            child.kill()
+    leave(code, text)
+
+
+def explain(e):
+    """The sentence for an error of the machine; other errors are faults of ours, and go on."""
+    if isinstance(e, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(e):
+        return "out of memory; give smaller sizes or numbers, or use a machine that has more"
+    if not isinstance(e, OSError | safetensors.SafetensorError):
+        if SAID and SAID.exists():  # another rank went, and a broadcast with it
+            sys.exit(2)
+        raise e
+    full = getattr(e, "errno", 0) == errno.ENOSPC or "os error 28" in str(e).lower()
+    cure = "make room and give the same command again: what was whole is still there"
+    what = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
+    return f"{what}; {cure if full else 'is it there, and may you read and write it?'}"
+
+
+def flush():
+    """Print what is left; a reader that went away is no fault."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+# Of the ranks that torchrun starts on a machine, the one that made this file has said why all end.
+SAID = (
+    "TORCHELASTIC_ERROR_FILE" in os.environ
+    and Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1] / "said"
+)
+
+
+def launcher():
+    """Process number of the torchrun that started this rank; None without one."""
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")[:4]
+        if SAID and any(
+            os.path.basename(word) in (b"torchrun", b"torch.distributed.run") for word in words
+        ):
+            return os.getppid()
+
+
+def leave(code, text):
+    """End this process with one sentence. Under torchrun, of several ranks that fail alike one
+    speaks, and ends the launcher, which would add a traceback; the ranks follow it."""
+    try:
+        if SAID:
+            SAID.touch(exist_ok=False)
+    except FileExistsError:
+        sys.exit(code)
+    except OSError:  # the launcher has tidied up
+        pass
+    if text:
+        print(text, file=sys.stderr, flush=True)
+    flush()
+    if code < 128 and (above := launcher()):
+        os.kill(above, signal.SIGKILL)
+    sys.exit(code)
+
+
+# --------------------------------------------------------------------------------------------------
 
 
 def arguments():
-    ap = sdit.Parser(__doc__)
-    add, number = ap.add_argument, sdit.number
+    ap = Parser(__doc__)
+    add = ap.add_argument
     add(
         "clips",
         type=Path,
@@ -1358,7 +1636,7 @@ def main():
     # Frozen models
     rank, world, _ = ranks()
     device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    a.autoencoder, a.clip = sdit.fetch(a.autoencoder), sdit.fetch(a.clip)
+    a.autoencoder, a.clip = fetch(a.autoencoder), fetch(a.clip)
     autoencoder = sdit.load_autoencoder(a.autoencoder, device)
     scene_encoder, landmarker = SceneEncoder(a.clip, device), FaceLandmarker()
     demo = [path.resolve().parent == DEMO for path in (a.autoencoder, a.clip)]
@@ -1378,7 +1656,7 @@ def main():
     if (a.out / "index.json").exists():
         return check_finished(a.out, about, paths)
 
-    with sdit.owned(a.out / f"rank-{rank}"):
+    with owned(a.out / f"rank-{rank}"):
         writer = CacheWriter(a.out, about)
         mine = list(paths.items())[rank::world]
         cache_clips(mine, writer, landmarker, autoencoder, scene_encoder, a.size)
@@ -1386,4 +1664,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sdit.run_main(main)
+    run_main(main)

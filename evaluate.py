@@ -238,7 +238,7 @@ def find_weights(name, folder):
     source = f"fetch {url} (sha256 {digest[:12]}...)"
     if not path.is_file():
         raise UserError(f"{name} is not in {folder}; {source}")
-    if sdit.sha256(path) != digest:
+    if data.sha256(path) != digest:
         raise UserError(f"{path} is not the published file; {source} again")
     return path
 
@@ -1030,7 +1030,7 @@ def guidance(a, models):
         model, n = train_denoiser(rows, SIGNALS[name], a), min(256, 8 * len(unseen))
         return dict(errors=denoising_errors(model, unseen, SIGNALS[name], times, a.seed, n))
 
-    index = sdit.sha256(a.data / "index.json")
+    index = data.sha256(a.data / "index.json")
     key = ["guidance", str(a.data), index, a.seed, a.train_steps]
     found = measured(key, list(SIGNALS), measure, a)
     if "none" not in found:
@@ -1242,8 +1242,8 @@ PROTOCOLS = dict(
 
 
 def arguments():
-    ap = sdit.Parser(__doc__)
-    add, number, default = ap.add_argument, sdit.number, sample.Settings
+    ap = data.Parser(__doc__)
+    add, number, default = ap.add_argument, data.number, sample.Settings
     count = number(int, 1)
     add("command", choices=[*SETS, *PROTOCOLS])
     add("folders", type=Path, nargs="*", help="of `pairs`: clips and pictures")
@@ -1253,7 +1253,7 @@ def arguments():
     add("--pairs", type=Path, help="table source,driving,out (default: the demo world's)")
     add("--videos", type=Path, help="judge these, named like the clips or the column out")
     add("--data", type=Path, default=Path("cache"), help="of `guidance`: a cache by data.py")
-    add("--weights", type=Path, default=sdit.DOWNLOADS, help="folder of the metrics' networks")
+    add("--weights", type=Path, default=data.DOWNLOADS, help="folder of the metrics' networks")
     n = "videos (default: 50 of the demo world, all of --clips or --pairs; paper: 1000)"
     add("--n", type=count, help=n)
     frames = "frames a video in same and cross; 16 and more for comparable FVD"
@@ -1277,7 +1277,7 @@ def arguments():
 def main():
     a = arguments()
     LEFT_OUT.clear(), REPORTED.clear()
-    with sdit.owned(a.out / a.command):
+    with data.owned(a.out / a.command):
         if a.command in SETS:
             SETS[a.command](a)
         else:
@@ -1288,4 +1288,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sdit.run_main(main)
+    data.run_main(main)

@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+import data
 import sdit
 from sdit import UserError
 
@@ -629,7 +630,7 @@ def load_engine(folder, model_sha256=None, device="cpu"):
         path = folder / about["files"][form]
         for name, digest in about["sha256"].items():
             if name.startswith(f"{form}.") and (
-                not (folder / name).is_file() or sdit.sha256(folder / name) != digest
+                not (folder / name).is_file() or data.sha256(folder / name) != digest
             ):
                 raise UserError(f"{folder / name} is missing or not what was written; export again")
         runners.append(
@@ -787,7 +788,7 @@ def write_graph(model, kind, form, a, folder, device):
     path = write_onnx(graph, form, folder)
     if trt:
         gpu = torch.cuda.get_device_name(device).replace(" ", "-")
-        name = f"{form}.{sdit.sha256(path)[:12]}-{a.precision}-trt{trt.__version__}-{gpu}.plan"
+        name = f"{form}.{data.sha256(path)[:12]}-{a.precision}-trt{trt.__version__}-{gpu}.plan"
         with torch.cuda.device(device):
             build_plan(trt, path, folder / name, a.rows, a.out / "timing.cache")
         for used in (path, path.with_suffix(".onnx.data")):
@@ -810,7 +811,7 @@ def export(model, digest, kind, a, device):
                 f"{final} also holds {others[0]}, which is not the export's; move it, or choose another --out"
             )
     fresh = sdit.hidden(final, ".tmp")  # renamed as one, since ONNX graphs name their weights' file
-    with sdit.owned(final):
+    with data.owned(final):
         return export_into(model, digest, kind, a, device, fresh, final)
 
 
@@ -838,7 +839,7 @@ def export_into(model, digest, kind, a, device, fresh, final):
             opset=OPSET,
             model_sha256=digest,
             files={k: p.name for k, p in files.items()},
-            sha256={p.name: sdit.sha256(p) for p in written},
+            sha256={p.name: data.sha256(p) for p in written},
             bytes={p.name: p.stat().st_size for p in written},
             config=dataclasses.asdict(model.config),
             versions=versions(
@@ -1012,7 +1013,7 @@ def report(model, a, device, seconds, memory, missing, repeat):
 
 
 def arguments():
-    ap = sdit.Parser(__doc__)
+    ap = data.Parser(__doc__)
     for kind, text in (
         ("onnx", "ONNX graphs, for ONNX Runtime and others"),
         ("torchscript", "TorchScript modules"),
@@ -1027,7 +1028,7 @@ def arguments():
         "--size", help="random weights of this size instead of a model, to measure: XL/2 ..."
     )
     ap.add_argument(
-        "--frames", type=sdit.number(int, 2, 10_000), default=8, help="frames a row, with --size"
+        "--frames", type=data.number(int, 2, 10_000), default=8, help="frames a row, with --size"
     )
     ap.add_argument(
         "--out",
@@ -1055,7 +1056,7 @@ def arguments():
     )
     ap.add_argument(
         "--rows",
-        type=sdit.number(int, 1, 10_000),
+        type=data.number(int, 1, 10_000),
         nargs=2,
         default=[4, 8],
         metavar=("TYPICAL", "MOST"),
@@ -1074,14 +1075,14 @@ def arguments():
 
 def main():
     a = arguments()
-    device, precision = sdit.get_device(a.device), a.precision
+    device, precision = data.get_device(a.device), a.precision
     if a.trt:
         import_tensorrt(device)  # said before the work
     torch.backends.cudnn.allow_tf32 = False  # the model to compare with is float32
     model = (
         random_model(a.size, a.frames).to(device) if a.size else sdit.load_model(a.model, device)
     )
-    digest = "random" if a.size else sdit.sha256(a.model)
+    digest = "random" if a.size else data.sha256(a.model)
     if model.config.frames < 2:
         raise UserError(
             "rows of one frame have no anchor to share; export a model of two frames and more"
@@ -1097,4 +1098,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sdit.run_main(main)
+    data.run_main(main)

@@ -221,7 +221,7 @@ def denoise(settings, x, frames, evaluate, progress, anchor=None):
         z = None
         if stochastic and after >= 0:
             z = frame_noise(settings.seed, frames, x.shape[-3:], i + 1)
-            z = sdit.send(z.to(x.dtype), x.device)
+            z = data.send(z.to(x.dtype), x.device)
         x, state = update(x, evaluate(i, x, t), a, b, z, state)
         x = sdit.override(x, anchor)
         progress()
@@ -354,7 +354,7 @@ def sample_multidiffusion(model, x, conditions, settings, chunk, progress=lambda
     the windows that hold a frame predict for it is averaged, every step. conditions (M, D)."""
     windows = plan_windows(len(x), model.config.frames)  # (windows, T)
     counts = np.bincount(windows.ravel(), minlength=len(x)).reshape(-1, 1, 1, 1)
-    windows, counts = (sdit.send(torch.from_numpy(n), x.device) for n in (windows, counts))
+    windows, counts = (data.send(torch.from_numpy(n), x.device) for n in (windows, counts))
 
     def evaluate(i, x, t):
         total = x.new_zeros(len(x), 2 * x.shape[1], *x.shape[2:])
@@ -431,8 +431,8 @@ def sample_some(model, rows, numbers, conditions, settings, bar):
         model's precision."""
         frames = rows[chunk][:, slots]
         dtype = torch.promote_types(conditions[0].dtype, torch.float32)
-        x = sdit.send(frame_noise(settings.seed, frames, shape).to(dtype), device)
-        places = sdit.send(torch.from_numpy(frames), device)
+        x = data.send(frame_noise(settings.seed, frames, shape).to(dtype), device)
+        places = data.send(torch.from_numpy(frames), device)
         return x, frames, [condition[places] for condition in conditions]
 
     def chunks(numbers):
@@ -691,13 +691,13 @@ def load_models(path=DEMO / "sdit.safetensors", device=None, engine=None):
     folder that export.py made of it. The sDiT is in bfloat16 on a GPU, but for the mapping network:
     landmarks rounded to it would move in steps of a pixel. (An engine has a precision of its own.)
     """
-    device = sdit.get_device(device)
+    device = data.get_device(device)
     model = sdit.load_model(path)
     config = model.config
     if engine:
         from export import load_engine
 
-        engine = load_engine(engine, sdit.sha256(path), device)
+        engine = load_engine(engine, data.sha256(path), device)
         model.mapping.to(device)  # nothing else of it runs
     else:
         if device.type == "cuda" and sdit.has_bf16("cuda"):
@@ -707,11 +707,11 @@ def load_models(path=DEMO / "sdit.safetensors", device=None, engine=None):
     return Models(
         model,
         sdit.load_autoencoder(
-            sdit.find_weights(config.autoencoder, config.autoencoder_sha256, path), device
+            data.find_weights(config.autoencoder, config.autoencoder_sha256, path), device
         ),
-        data.SceneEncoder(sdit.find_weights(config.clip, config.clip_sha256, path), device),
+        data.SceneEncoder(data.find_weights(config.clip, config.clip_sha256, path), device),
         data.FaceLandmarker(),
-        sdit.sha256(path),
+        data.sha256(path),
         device,
         engine,
     )
@@ -872,7 +872,7 @@ def reenact(
                 scene = make_scene(models, picture, prompt, edit)
                 conditions = make_conditions(models, scene, landmarks, settings.guidance)
             if rank == 0:
-                stack.enter_context(sdit.owned(out))
+                stack.enter_context(data.owned(out))
 
         for path, count, number in (
             (driving, tracked.faces, driving_face),
@@ -1047,8 +1047,8 @@ def reenact_pairs(path, models, **options):
 
 
 def arguments():
-    number, whole = sdit.number, sdit.number(int, 0)
-    ap = sdit.Parser(__doc__)
+    number, whole = data.number, data.number(int, 0)
+    ap = data.Parser(__doc__)
     ap.add_argument(
         "--source",
         type=Path,
@@ -1140,10 +1140,17 @@ def main():
     bundled = {None, DEMO / "source.png", DEMO / "driving.mp4"}
     given = {a.source and a.source.resolve(), a.driving.resolve()}
     foreign = a.pairs or not given <= bundled
-    if os.environ.get("RANK", "0") == "0" and a.model.resolve() == DEMO / "sdit.safetensors" and foreign:
-        print("note: the bundled model knows rendered faces only: the result is a rendered face that "
-              "moves like the driving person, not the person in the picture; for real faces train a "
-              "model on real clips (README, Train) and give it with --model", flush=True)
+    if (
+        os.environ.get("RANK", "0") == "0"
+        and a.model.resolve() == DEMO / "sdit.safetensors"
+        and foreign
+    ):
+        print(
+            "note: the bundled model knows rendered faces only: the result is a rendered face that "
+            "moves like the driving person, not the person in the picture; for real faces train a "
+            "model on real clips (README, Train) and give it with --model",
+            flush=True,
+        )
 
     own = ("pairs", "source", "driving", "out", "model", "device", "engine")
     options = {k: v for k, v in vars(a).items() if k not in own}
@@ -1156,4 +1163,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sdit.run_main(main)
+    data.run_main(main)

@@ -465,7 +465,7 @@ class Preview:
         batch = torch.utils.data.default_collate([rows[n] for n in range(min(4, len(rows)))])
         self.batch = {name: x.to(device) for name, x in batch.items()}
 
-        path = sdit.find_weights(model_config.autoencoder, model_config.autoencoder_sha256, beside)
+        path = data.find_weights(model_config.autoencoder, model_config.autoencoder_sha256, beside)
         self.autoencoder = sdit.load_autoencoder(path, device)
         g = torch.Generator().manual_seed(0)
         self.noise = torch.randn(self.batch["latents"].shape, generator=g).to(device)
@@ -499,9 +499,9 @@ def build_preview(a, config, beside, device):
 
 
 def arguments(world):
-    number, count = sdit.number, sdit.number(int, 1)
+    number, count = data.number, data.number(int, 1)
     rate, share = number(float, 0), number(float, 0, 1)
-    ap = sdit.Parser(__doc__)
+    ap = data.Parser(__doc__)
     ap.add_argument(
         "--size", default="XL/2", help="model size: S, B, L or XL with /2, /4 or /8; or demo"
     )
@@ -539,7 +539,7 @@ def arguments(world):
     )
     ap.add_argument(
         "--warmup",
-        type=sdit.number(int, 0),
+        type=data.number(int, 0),
         default=0,
         metavar="STEPS",
         help="linear warm-up of both learning rates",
@@ -603,6 +603,34 @@ def arguments(world):
     return a
 
 
+def init_weights(model, path):
+    """Start training of `model` from a file: a model file of ours (all weights), or a checkpoint of
+    DiT trained on images (DiT-XL-2-256x256.pt): those are the transformer's weights; the mapping
+    network, which DiT lacks, starts from scratch, and DiT's class embedding is left out."""
+    tensors, config = sdit.read_tensors(path)
+    prediction = config.get("prediction", "epsilon")
+    if prediction != model.config.prediction:
+        raise UserError(f"{path} predicts {prediction}; give --prediction {prediction}")
+
+    if not config:
+        tensors = {
+            k: v
+            for k, v in tensors.items()
+            if k not in ("pos_embed", "y_embedder.embedding_table.weight")
+        }
+        tensors |= {k: v for k, v in model.state_dict().items() if k.startswith("mapping.")}
+        print(
+            f"{path}: weights of an image model without our metadata, taken as DiT's; those are licensed CC BY-NC 4.0, not for commercial use, "
+            f"and so is what is trained from them"
+        )
+    for part in ("autoencoder", "clip"):
+        if config and config.get(f"{part}_sha256") != getattr(model.config, f"{part}_sha256"):
+            print(
+                f"note: {path} was trained with another {part} ({config.get(part)}) than this cache was made with ({getattr(model.config, part)})"
+            )
+    sdit.fill(model, tensors, path)
+
+
 def next_rows(loader):
     """The next batch; UserError where the system killed a process that loads rows."""
     try:
@@ -640,7 +668,7 @@ def main():
     a = arguments(int(os.environ.get("WORLD_SIZE", 1)))
     rows = data.Rows(a.data, a.frames, a.seed)
     with (
-        sdit.owned(a.out / "run")
+        data.owned(a.out / "run")
         if os.environ.get("RANK", "0") == "0"
         else contextlib.nullcontext()
     ):
@@ -657,7 +685,7 @@ def train(a, rows):
     # the model, its average and the optimiser: new, or from the newest state
     model = build_model(rows, a.size, a.frames, a.prediction)
     if a.init and not states(a.out):
-        sdit.init_weights(model, a.init)
+        init_weights(model, a.init)
     model.to(device)
     if world > 1:
         for buffer in model.buffers():  # another processor may turn the components around
@@ -696,7 +724,7 @@ def train(a, rows):
             batch_sampler=shares(start, a.steps, a.batch, rank, world, a.accumulate),
             num_workers=4 * cuda if a.workers is None else a.workers,
             pin_memory=cuda,
-            worker_init_fn=sdit.end_with_parent,
+            worker_init_fn=data.end_with_parent,
         )
     )
     c = model.config
@@ -721,9 +749,9 @@ def train(a, rows):
             # gradients of all parts; the processes average theirs with the last one
             optimizer.zero_grad(set_to_none=True)
             for k in range(a.accumulate):
-                batch = {name: sdit.send(x, device) for name, x in next_rows(loader).items()}
+                batch = {name: data.send(x, device) for name, x in next_rows(loader).items()}
                 first = (rank * a.accumulate + k) * part
-                t, noise, drop = (sdit.send(x[first : first + part], device) for x in drawn)
+                t, noise, drop = (data.send(x[first : first + part], device) for x in drawn)
                 alone = world > 1 and k + 1 < a.accumulate
                 with objective.no_sync() if alone else contextlib.nullcontext():
                     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -802,4 +830,4 @@ def wrap(model, schedule, a, world):
 
 
 if __name__ == "__main__":
-    sdit.run_main(main)
+    data.run_main(main)

@@ -517,4 +517,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sdit.run_main(main)
+    data.run_main(main)

@@ -158,8 +158,8 @@ def training(bench, frames, compiled):
 
     def step(n):
         optimizer.zero_grad(set_to_none=True)
-        given = {name: sdit.send(x, device) for name, x in batch.items()}
-        t, noise, drop = (sdit.send(x, device) for x in train.draw(0, n, shape, 0.1))
+        given = {name: data.send(x, device) for name, x in batch.items()}
+        t, noise, drop = (data.send(x, device) for x in train.draw(0, n, shape, 0.1))
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             error, bound = objective(given, t, noise, drop)
         (error + bound).mean().backward()
@@ -294,8 +294,8 @@ def write(bench):
 
 
 def arguments():
-    count = sdit.number(int, 1)
-    ap = sdit.Parser(__doc__)
+    count = data.number(int, 1)
+    ap = data.Parser(__doc__)
     ap.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
     ap.add_argument("--size", default="XL/2", help="model size")
     ap.add_argument(
@@ -314,11 +314,11 @@ def arguments():
     )
     ap.add_argument("--blocks", type=count, default=4, help="of the model, to time engines with")
     ap.add_argument(
-        "--minutes", type=sdit.number(float, 0), default=9, help="after which no sampling begins"
+        "--minutes", type=data.number(float, 0), default=9, help="after which no sampling begins"
     )
     ap.add_argument("--out", type=Path, default=Path("gpu_check"), help="OUT.json, OUT.md")
     a = ap.parse_args()
-    a.device = sdit.get_device(a.device)
+    a.device = data.get_device(a.device)
     cuda = a.device.type == "cuda"
     memory = torch.cuda.get_device_properties(a.device).total_memory / 2**30 if cuda else 0
     a.compile_too = cuda
@@ -350,4 +350,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sdit.run_main(main)
+    data.run_main(main)

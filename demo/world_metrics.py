@@ -730,4 +730,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sdit.run_main(main)
+    data.run_main(main)

@@ -57,7 +57,7 @@ def start(script, given, folder):
     multiprocessing.get_context = lambda _: FORK
     sys.argv, code = [f"{script}.py", *given], 0
     try:
-        sdit.run_main(SCRIPTS[script].main)
+        data.run_main(SCRIPTS[script].main)
     except SystemExit as e:
         code = e.code or 0
     except BaseException:
@@ -199,7 +199,7 @@ def result_of(script, out):
     if script == "curate":
         lines = [{k: v for k, v in line.items() if k != "bytes"} for line in data.read_lines([out / "manifest.jsonl"])]
         return hidden, lines, sorted(p.name for p in out.rglob("*.mp4"))
-    return hidden, {p.name: sdit.sha256(p) for p in out.glob("clip-*")}, (out / "index.json").read_text(), (out / "manifest.jsonl").read_text()
+    return hidden, {p.name: data.sha256(p) for p in out.glob("clip-*")}, (out / "index.json").read_text(), (out / "manifest.jsonl").read_text()
 
 
 def kills(number, folder):

@@ -15,7 +15,6 @@ from films import RATE
 
 import curate
 import data
-import sdit
 from sdit import UserError
 
 
@@ -230,6 +229,6 @@ def test_bad_arguments(given, reason, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["curate.py", *given])
     with pytest.raises(SystemExit) as stop:
-        sdit.run_main(curate.main)
+        data.run_main(curate.main)
     errors = capsys.readouterr().err
     assert stop.value.code == 2 and any(r in errors for r in reason.split("|"))

@@ -13,6 +13,7 @@ import torch
 from conftest import write_video
 from PIL import Image
 
+import data
 import evaluate
 import sdit
 from sdit import UserError
@@ -186,7 +187,7 @@ def run(out, command, *rest):
     sys.argv = ["evaluate.py", command, "--out", str(out), "--steps", "1", *map(str, rest)]
     try:
         with contextlib.redirect_stderr(errors):
-            sdit.run_main(evaluate.main)
+            data.run_main(evaluate.main)
         return 0, errors.getvalue()
     except SystemExit as e:
         return e.code, errors.getvalue()

@@ -128,7 +128,7 @@ def test_the_demo_by_an_engine(tmp_path, monkeypatch):
     path, images = ROOT / "demo" / "sdit.safetensors", []
     to_images = data.to_images
     monkeypatch.setattr(data, "to_images", lambda x: images.append(to_images(x)) or images[-1])
-    folder = export.export(sdit.load_model(path), sdit.sha256(path), "torchscript", Arguments(tmp_path), CPU)
+    folder = export.export(sdit.load_model(path), data.sha256(path), "torchscript", Arguments(tmp_path), CPU)
     for engine in (None, folder):
         sample.reenact(out=tmp_path / "x.mp4", engine=engine, only="0:8")
     by_model, by_engine = (x.astype(int) for x in images)
@@ -193,7 +193,7 @@ def test_manifest(engine, small_model, tmp_path):
     about = json.loads((folder / "manifest.json").read_text())
     assert about["files"] == dict(packed="packed.ts", rest="rest.ts") and about["versions"]["torch"]
     assert about["bytes"]["packed.ts"] == (folder / "packed.ts").stat().st_size
-    assert about["sha256"]["packed.ts"] == sdit.sha256(folder / "packed.ts")
+    assert about["sha256"]["packed.ts"] == data.sha256(folder / "packed.ts")
     assert not [p for p in Path(tmp_path).iterdir() if p != folder]
 
 

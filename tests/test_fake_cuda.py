@@ -98,8 +98,8 @@ def test_training_step(cuda):
 
         with Watch() as watch:
             drawn = train.draw(0, 0, batch["latents"].shape, 0.1)
-            batch = {name: sdit.send(x, cuda) for name, x in batch.items()}
-            t, noise, drop = (sdit.send(x, cuda) for x in drawn)
+            batch = {name: data.send(x, cuda) for name, x in batch.items()}
+            t, noise, drop = (data.send(x, cuda) for x in drawn)
             with torch.autocast("cuda", torch.bfloat16):
                 error, bound = objective(batch, t, noise, drop)
             for p in model.parameters():  # autograd's engine would ask for a GPU

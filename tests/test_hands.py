@@ -32,7 +32,7 @@ from test_train import cache, run, same  # noqa: F401 (a fixture)
 def ended(main, capsys):
     """(exit code, what was said on stderr) of a script."""
     with pytest.raises(SystemExit) as leave:
-        sdit.run_main(main)
+        data.run_main(main)
     return leave.value.code, capsys.readouterr().err
 
 
@@ -84,7 +84,7 @@ def test_text_files_of_all_editors(tmp_path):
 
 
 def test_no_home_no_terminal(monkeypatch):
-    code = "import os, pwd\ndef none(*_): raise KeyError\npwd.getpwuid = none\nos.environ.pop('HOME')\nimport sdit; print(sdit.DOWNLOADS)"
+    code = "import os, pwd\ndef none(*_): raise KeyError\npwd.getpwuid = none\nos.environ.pop('HOME')\nimport sdit; print(data.DOWNLOADS)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("/"), done.stderr
     monkeypatch.setattr(os, "dup", lambda _: (_ for _ in ()).throw(OSError(errno.EBADF, "closed")))
@@ -93,7 +93,7 @@ def test_no_home_no_terminal(monkeypatch):
         pass
     ascii_only = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", ascii_only)
-    sdit.run_main(lambda: print("é", os.fsdecode(b"caf\xe9")))
+    data.run_main(lambda: print("é", os.fsdecode(b"caf\xe9")))
     assert b"\\xe9 caf\\udce9" in ascii_only.buffer.getvalue()
 
 
@@ -101,13 +101,13 @@ def test_no_home_no_terminal(monkeypatch):
 
 def test_an_output_has_one_owner(tmp_path):
     (tmp_path / ".o.mp4.lock").write_text("process 1")                          # of a run that was killed: the system freed it
-    with sdit.owned(tmp_path / "o.mp4"):
+    with data.owned(tmp_path / "o.mp4"):
         with pytest.raises(sdit.UserError, match=f"o.mp4 is being made by process {os.getpid()}; wait"):
-            with sdit.owned(tmp_path / "o.mp4"):
+            with data.owned(tmp_path / "o.mp4"):
                 pass
-        with sdit.owned(tmp_path / "other.mp4"):
+        with data.owned(tmp_path / "other.mp4"):
             pass
-    with sdit.owned(tmp_path / "o.mp4"):
+    with data.owned(tmp_path / "o.mp4"):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -151,7 +151,7 @@ def test_errors_of_the_machine_are_one_sentence(error, text, capsys):
     code, said = ended(main, capsys)
     assert code == 2 and text in said and said.count("\n") == 1
     with pytest.raises(ZeroDivisionError):                                      # ours are not hidden
-        sdit.run_main(lambda: 1 / 0)
+        data.run_main(lambda: 1 / 0)
 
 
 def test_a_write_is_whole_or_not_there(tmp_path, monkeypatch):
@@ -213,7 +213,7 @@ import concurrent.futures, multiprocessing, os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import sdit
 if __name__ == "__main__":
-    pool = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), sdit.end_with_parent)
+    pool = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), data.end_with_parent)
     print(pool.submit(os.getpid).result(), flush=True)
     time.sleep(60)
 """

@@ -299,7 +299,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, clip, monkeypatc
                           (["--driving", "face.mp4", "--out", "face.mp4"], "is also an input")):
         monkeypatch.setattr("sys.argv", ["sample.py", "--out", "out.mp4", *args])
         with pytest.raises(SystemExit) as leave:
-            sdit.run_main(sample.main)
+            data.run_main(sample.main)
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
         assert leave.value.code == 2 and len(errors) == 1 and message in errors[0]
     assert sorted(tmp_path.iterdir()) == before and (tmp_path / "out.mp4").read_text() == "older"
@@ -378,7 +378,7 @@ def test_pairs_with_text_faces_and_bad_lines(world, tmp_path, clip, monkeypatch,
                                        ",driving.mp4,e.mp4,\n")
     monkeypatch.setattr("sys.argv", ["sample.py", "--pairs", str(tmp_path / "jobs.csv"), "--steps", "1", "--only", "0:4"])
     with pytest.raises(SystemExit) as leave:
-        sdit.run_main(sample.main)
+        data.run_main(sample.main)
     shown = capsys.readouterr()
     assert leave.value.code == 1                                                # some were written
     assert "line 3: no such file" in shown.err and "line 6: source is missing" in shown.err and "3 of 5 written" in shown.out and "driving.mp4 shows 2 faces; number 0 by size" in shown.out

@@ -7,6 +7,7 @@ import safetensors.torch
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import data
 import sdit
 from conftest import random_sdit
 
@@ -331,23 +332,23 @@ def test_published_autoencoders(tmp_path, monkeypatch):
 
 def test_named_weights(tmp_path, monkeypatch):
     """A name is downloaded once and checked; without network the sentence says where to put the file."""
-    monkeypatch.setattr(sdit, "DOWNLOADS", tmp_path / "cache")
+    monkeypatch.setattr(data, "DOWNLOADS", tmp_path / "cache")
     there = tmp_path / "there"
     sdit.write_tensors(there, dict(a=torch.ones(9)), {})
     whole = there.read_bytes()
-    monkeypatch.setattr(sdit, "WEIGHTS", {"known": (there.as_uri(), hashlib.sha256(whole).hexdigest()), "unknown": (there.as_uri(), None)})
-    assert sdit.fetch("known").read_bytes() == whole and sdit.fetch(there) == there
+    monkeypatch.setattr(data, "WEIGHTS", {"known": (there.as_uri(), hashlib.sha256(whole).hexdigest()), "unknown": (there.as_uri(), None)})
+    assert data.fetch("known").read_bytes() == whole and data.fetch(there) == there
     with pytest.raises(sdit.UserError, match="no such file: knwon .* known, unknown"):
-        sdit.fetch("knwon")
+        data.fetch("knwon")
     there.unlink()
-    assert sdit.fetch("known").is_file()
+    assert data.fetch("known").is_file()
     (tmp_path / "cache" / "known.safetensors").unlink()
     with pytest.raises(sdit.UserError, match="cannot download known .* by hand and put it at"):
-        sdit.fetch("known")
+        data.fetch("known")
     there.write_bytes(whole[:-4])                                               # the connection broke
     for name in ("known", "unknown"):
         with pytest.raises(sdit.UserError, match=f"cannot download {name} "):
-            sdit.fetch(name)
+            data.fetch(name)
         assert not (tmp_path / "cache" / f"{name}.safetensors").exists()
 
 

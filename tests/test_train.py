@@ -212,7 +212,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(cache, tmp_path, monkeypatch
 
 
 def command(cache, out, *more):
-    return [sys.executable, "-c", "import sys, torch; sys.path.insert(0, sys.argv.pop(1)); torch.set_num_threads(1); import sdit, train; sdit.run_main(train.main)",
+    return [sys.executable, "-c", "import sys, torch; sys.path.insert(0, sys.argv.pop(1)); torch.set_num_threads(1); import sdit, train; data.run_main(train.main)",
             str(ROOT), "--size", "demo", "--frames", "2", "--data", str(cache), "--out", str(out), "--precision", "fp32", "--lr", "1e-3", "--preview", "0", *more]
 
 
@@ -384,21 +384,21 @@ def test_start_from_other_weights(cache, tmp_path, monkeypatch, capsys):
     model = sdit.SDiT(sdit.make_config("demo", 2))
     sdit.save_model(tmp_path / "ours.safetensors", model)
     other = sdit.SDiT(sdit.make_config("demo", 4))
-    sdit.init_weights(other, tmp_path / "ours.safetensors")                      # the number of frames may differ
+    train.init_weights(other, tmp_path / "ours.safetensors")                      # the number of frames may differ
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
     assert not capsys.readouterr().out
-    sdit.init_weights(sdit.SDiT(sdit.make_config("demo", 4, clip="new", clip_sha256="2")), tmp_path / "ours.safetensors")
+    train.init_weights(sdit.SDiT(sdit.make_config("demo", 4, clip="new", clip_sha256="2")), tmp_path / "ours.safetensors")
     assert "was trained with another clip" in (said := capsys.readouterr().out) and "autoencoder" not in said
     image = {k: v for k, v in model.state_dict().items() if not k.startswith("mapping.")}
     extra = {"pos_embed": torch.zeros(1, 64, 256), "y_embedder.embedding_table.weight": torch.zeros(1001, 256)}
     torch.save(image | extra, tmp_path / "DiT.pt")
     fresh = sdit.SDiT(sdit.make_config("demo", 4))
     before = {k: v.clone() for k, v in fresh.state_dict().items()}
-    sdit.init_weights(fresh, tmp_path / "DiT.pt")
+    train.init_weights(fresh, tmp_path / "DiT.pt")
     assert "not for commercial use" in capsys.readouterr().out
     assert all(torch.equal(v, before[k] if k.startswith("mapping.") else image[k]) for k, v in fresh.state_dict().items())
     with pytest.raises(sdit.UserError, match=r"does not fit this network: x_embedder.proj.weight is \(160, 6, 2, 2\), expected \(384, 4, 2, 2\)"):
-        sdit.init_weights(sdit.SDiT(sdit.make_config("S/2", 4)), tmp_path / "ours.safetensors")
+        train.init_weights(sdit.SDiT(sdit.make_config("S/2", 4)), tmp_path / "ours.safetensors")
     run(cache, tmp_path / "run", monkeypatch, "--init", str(tmp_path / "DiT.pt"))
     for name in ("DiT.pt", "ours.safetensors"):
         settings = "--init", str(tmp_path / name), "--prediction", "v"
@@ -428,7 +428,7 @@ def test_init_keeps_the_statistics_that_the_weights_know(cache, tmp_path, monkey
 def test_preview(tmp_path, monkeypatch):
     """Two strips a row: the clip as it is, and what the model makes."""
     about = dict(latent_channels=6, latent_size=16, scene_width=128, autoencoder="autoencoder.safetensors", clip="c", clip_sha256="2",
-                 autoencoder_sha256=sdit.sha256(ROOT / "demo" / "autoencoder.safetensors"))
+                 autoencoder_sha256=data.sha256(ROOT / "demo" / "autoencoder.safetensors"))
     writer = data.CacheWriter(tmp_path / "cache", about)
     for value in range(1, 4):
         writer.add(record(8, value, 6, 16, 128), dict(file=str(value)))
