@@ -990,11 +990,11 @@ def train_denoiser(rows, signals, a, batch=16):
     optimizer = train.build_optimizer(model, 1e-3, 1e-4, 0.01)
     rule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, a.train_steps)
     precision = torch.autocast("cpu", torch.bfloat16, enabled=sdit.has_bf16("cpu"))
-    sampler = train.shares(0, a.train_steps, batch, 0, 1, 1)
+    sampler = [range(n * batch, (n + 1) * batch) for n in range(a.train_steps)]
     loader = torch.utils.data.DataLoader(rows, batch_sampler=sampler)
     title = "training with " + (" + ".join(signals) or "none")
     for step, one in enumerate(tqdm(loader, title, unit="step", leave=False, disable=None)):
-        t, noise, _ = train.draw(a.seed, step, one["latents"].shape, 0)
+        t, noise, _ = train.sample_noise(a.seed, step, one["latents"].shape, 0)
         keep = torch.zeros(batch, dtype=torch.bool)
         with precision:
             error, bound = train.diffusion_loss(model, schedule, only(one, signals), t, noise, keep)

@@ -84,7 +84,7 @@ def train_variant(v, cache, minutes, seed=0):
     began, step, progress = time.process_time(), 0, 0.0
     while progress < 1:
         drawn = torch.utils.data.default_collate([rows[step * v.batch + i] for i in range(v.batch)])
-        t, noise, drop = train.draw(seed, step, shape, 0.1)
+        t, noise, drop = train.sample_noise(seed, step, shape, 0.1)
         with torch.autocast("cpu", torch.bfloat16, enabled=sdit.has_bf16("cpu")):
             error, bound = train.diffusion_loss(model, schedule, drawn, t, noise, drop)
         (error + bound).mean().backward()

@@ -97,7 +97,7 @@ def test_training_step(cuda):
         objective = train.Objective(model, sdit.NoiseSchedule(cuda), 1.0)
 
         with Watch() as watch:
-            drawn = train.draw(0, 0, batch["latents"].shape, 0.1)
+            drawn = train.sample_noise(0, 0, batch["latents"].shape, 0.1)
             batch = {name: data.send(x, cuda) for name, x in batch.items()}
             t, noise, drop = (data.send(x, cuda) for x in drawn)
             with torch.autocast("cuda", torch.bfloat16):
