@@ -37,7 +37,7 @@ import sdit
 from sdit import NoiseSchedule, UserError
 
 # --------------------------------------------------------------------------------------------------
-# Hyper-parameters: the paper's (4.1, D); where it is silent, the comment says whose
+# Hyper-parameters: the paper's (4.1, D) unless a comment says whose
 
 
 def arguments():
@@ -60,11 +60,11 @@ def arguments():
     add("--out", Path, None, "folder of the run (default: runs/SIZE-FRAMES)")
     add("--init", Path, None, "initial weights: a model file of train.py, or DiT-XL-2-256x256.pt")
 
-    # the loss: DiT's dropout
+    # the loss; paper silent: conditions are dropped as DiT drops its class
     add("--lambda-ex", positive, 1.0, "extra weight of lips and eyes")
     add("--drop", fraction, 0.1, "probability that a row loses scene and landmarks")
 
-    # optimisation: weight decay is PyTorch's default (DiT: 0), the average is DiT's, no warm-up
+    # optimisation: PyTorch's weight decay (DiT has 0); paper silent: no warm-up, DiT's average
     add("--steps", count, 1_000_000, "of the whole run")
     add("--batch", count, 16, "rows a step, over all processes")
     add("--lr", positive, 6.4e-5, "largest learning rate; cosine to 0")
@@ -84,7 +84,7 @@ def arguments():
     add("--workers", data.number(int, 0, 256), None, workers)
     add("--log-every", count, 50, "steps between log lines")  # torchrun takes --log for its own
     add("--save-minutes", positive, 15, "minutes between states; 0: after every step")
-    add("--preview", natural, 2000, "steps between pictures of held-out clips; 0: none")
+    add("--preview", natural, 2000, "steps between pictures, RUN/preview-STEP.png; 0: none")
 
     a = ap.parse_args()
     a.rank, a.world, _ = data.ranks()
@@ -208,13 +208,12 @@ def start_processes():
     """The device of this process; under torchrun it joins the others, over NCCL or gloo."""
     _, world, local = data.ranks()
     gpus = torch.cuda.device_count()
-    device = torch.device("cuda", local) if gpus else torch.device("cpu")
+    if 0 < gpus <= local:
+        raise UserError(
+            f"process {local} finds no GPU of its own; give torchrun --nproc_per_node={gpus}"
+        )
+    device = torch.device(f"cuda:{local}" if gpus else "cpu")
     if gpus:
-        if local >= gpus:
-            raise UserError(
-                f"process {local} finds no GPU of its own, there are {gpus}; give torchrun "
-                f"--nproc_per_node={gpus}"
-            )
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if gpus else "gloo")
@@ -223,10 +222,9 @@ def start_processes():
 
 def build_model(rows, size, frames, prediction="epsilon"):
     """An untrained SDiT for a cache, with its latent shape, frozen models and statistics."""
-    names = (
-        "latent_channels latent_size scene_width autoencoder autoencoder_sha256 clip clip_sha256"
-    )
-    settings = {name: rows.about[name] for name in names.split()}
+    passed = "latent_channels", "latent_size", "scene_width", "autoencoder", "clip"
+    passed += "autoencoder_sha256", "clip_sha256"
+    settings = {name: rows.about[name] for name in passed}
     buffers = rows.statistics()
     settings["scene_mean"] = [round(x, 5) for x in buffers["scene_mean"].tolist()]
     model = sdit.SDiT(sdit.make_config(size, frames, prediction=prediction, **settings))
@@ -253,9 +251,7 @@ def init_weights(model, path):
     for part in ("autoencoder", "clip"):
         here, there = getattr(model.config, part), config.get(part)
         if config and config.get(f"{part}_sha256") != getattr(model.config, f"{part}_sha256"):
-            print(
-                f"note: {path} was trained with another {part} ({there}) than this cache ({here})"
-            )
+            print(f"note: {path} was trained with another {part} ({there}) than the cache ({here})")
     sdit.fill(model, tensors, path)
 
 
@@ -345,7 +341,8 @@ def train(a, rows):
 
             optimizer.zero_grad()
             for first in parts:
-                batch, mine = next(batches), slice(first, first + parts.step)
+                batch = next(batches)
+                mine = slice(first, first + parts.step)
                 t, noise, drop = (data.send(x[mine], device) for x in sampled)
 
                 # processes average their gradients after the last part, as with no_sync()
@@ -403,7 +400,8 @@ class Run:
         a = self.a
         logging = step % a.log_every == 0
         saving = step == a.steps or a.save_minutes == 0
-        due = time.monotonic() - self.saved >= a.save_minutes * 60 and self.saver.writing.done()
+        idle = self.saver.writing.done()
+        due = idle and time.monotonic() - self.saved >= a.save_minutes * 60
         asking = step % 10 == 0 if a.world > 1 else self.signals or due
         if not (logging or saving or asking):
             return False
@@ -416,7 +414,7 @@ class Run:
             raise UserError(
                 f"the loss or its gradient was not finite at step {bad or step}; {NOTHING_SAVED}"
             )
-        if self.saver.writing.done():
+        if idle:
             self.saver.writing.result()  # raises what went wrong
         self.logging = logging or self.stopping
         self.saving = saving or due or self.stopping
@@ -472,21 +470,18 @@ def log_text(entry):
 NOTHING_SAVED = "nothing was saved over; start again with a lower --lr and another --out"
 
 
-class Saver:
-    """Writes RUN/model.safetensors (the EMA weights) and RUN/state-STEP.pt (the last two stay) in a
-    thread. A step waits only for the copy to host memory, a second save for the first, and the end
-    of the context for all."""
+class Saver(ThreadPoolExecutor):
+    """A thread that writes RUN/model.safetensors (the EMA weights) and RUN/state-STEP.pt (the last
+    two stay). A step waits only for the copy to host memory, a second save for the first, and the
+    end of the context for all."""
 
     def __init__(self, out):
-        self.out, self.host, self.thread = out, [], ThreadPoolExecutor(1)
-        self.writing = Future()
+        super().__init__(1)
+        self.out, self.host, self.writing = out, [], Future()
         self.writing.set_result(None)  # nothing yet
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, kind, *_):
-        self.thread.shutdown()
+        self.shutdown()
         if kind is None:
             self.writing.result()
 
@@ -500,7 +495,7 @@ class Saver:
         networks = dict(model=model, ema=ema, optimizer=optimizer)
         state = {name: network.state_dict() for name, network in networks.items()}
         state |= dict(step=step, recipe=dataclasses.asdict(model.config) | recipe)
-        self.writing = self.thread.submit(self.write, self.to_host(state), model.config)
+        self.writing = self.submit(self.write, self.to_host(state), model.config)
 
     def to_host(self, state):
         """The state with its tensors in host memory, pinned for speed; that takes seconds to get,
@@ -662,7 +657,7 @@ def device_peak(device, dtype):
 
 
 class Meter:
-    """Sums the losses on the device, and the time between log lines. Only `agree` and `means` wait
+    """Losses, summed on the device, and the time since the last log line. `agree` and `means` wait
     for the device and the other processes."""
 
     def __init__(self, device):
