@@ -75,8 +75,8 @@ def arguments():
     add("--seed", data.number(int, 0, 2**31), 0, "of weights, rows and noise")
 
     # the machine
-    precisions = "of matrix products (default: bf16 where the device has it); weights are float32"
-    add("--precision", str, None, precisions, choices=("bf16", "fp32"))
+    where = "of matrix products (default: bf16 where the device has it)"
+    add("--precision", str, None, where, choices=("bf16", "fp32"))
     add("--accumulate", count, 1, "parts of a process's rows, one after another, to save memory")
     compiled = "torch.compile the blocks: a minute's wait, then faster (default: on a GPU)"
     ap.add_argument("--compile", action=argparse.BooleanOptionalAction, help=compiled)
@@ -125,8 +125,8 @@ def variational_bound(schedule, x0, xt, noise, v, t):
 
     # t = 0 has no posterior: the likelihood of x0 in a bin as wide as an 8-bit pixel's; that means
     # little for latents, and is kept as DiT has it
-    upper = torch.special.ndtr((x0 + 1 / 255 - mean) * torch.exp(-log_variance / 2))
-    lower = torch.special.ndtr((x0 - 1 / 255 - mean) * torch.exp(-log_variance / 2))
+    edges = (x0 + 1 / 255 - mean, x0 - 1 / 255 - mean)
+    upper, lower = (torch.special.ndtr(x * torch.exp(-log_variance / 2)) for x in edges)
     upper = torch.where(x0 > 0.999, 1.0, upper)
     lower = torch.where(x0 < -0.999, 0.0, lower)
     likelihood = (upper - lower).clamp_min(1e-12)
@@ -498,14 +498,13 @@ class Saver(ThreadPoolExecutor):
         self.writing = self.submit(self.write, self.to_host(state), model.config)
 
     def to_host(self, state):
-        """The state with its tensors in host memory, pinned for speed; that takes seconds to get,
-        and is kept for the next time."""
+        """The state with its tensors in host memory. Pinned memory is fast, but takes seconds to
+        get: it is kept for the next time."""
         tensors = [x for x in tree_leaves(state) if isinstance(x, torch.Tensor)]
         data.enough_disk(self.out, sum(x.nbytes for x in tensors))  # PyTorch aborts on a full one
         if not self.host:
             self.host = [torch.empty_like(x, device="cpu", pin_memory=x.is_cuda) for x in tensors]
-        for copied, x in zip(self.host, tensors, strict=True):
-            copied.copy_(x, non_blocking=True)
+        torch._foreach_copy_(self.host, tensors, non_blocking=True)
         if tensors[0].is_cuda:
             torch.cuda.synchronize()
         copies = iter(self.host)
@@ -571,9 +570,8 @@ def load_state(out, model, ema, optimizer, recipe):
             f"{path} was trained with another {' and '.join(changed)}; give the same settings, or "
             f"go on from its weights: --init {out / 'model.safetensors'} and another --out"
         )
-    model.load_state_dict(state["model"])
-    ema.load_state_dict(state["ema"])
-    optimizer.load_state_dict(state["optimizer"])
+    for name, network in dict(model=model, ema=ema, optimizer=optimizer).items():
+        network.load_state_dict(state[name])
     return state["step"]
 
 
