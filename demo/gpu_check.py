@@ -165,8 +165,7 @@ def training(bench, frames, compiled):
         (error + bound).mean().backward()
         meter.add(n, t, error, bound)
         optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1e-4)
+        train.update_ema(ema, model, n, 0.9999)
 
     began = time.monotonic()
     for n in range(3 if bench.cuda else 1):

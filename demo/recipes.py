@@ -95,9 +95,7 @@ def train_variant(v, cache, minutes, seed=0):
                 group["lr"] = group["initial"] * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            decay = min(v.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        train.update_ema(ema, model, step, v.ema)
         step += 1
         progress = (time.process_time() - began) / 60 / minutes
     return errors(ema, batch, schedule), step * v.batch, sum(p.numel() for p in model.parameters()) / 1e6

@@ -106,8 +106,7 @@ def test_training_step(cuda):
                 p.grad = torch.empty_like(p)
             meter.add(1, t, error, bound)
             optimizer.step()
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 0.1)
+            train.update_ema(ema, model, 0, 0.9999)
 
         assert error.device == bound.device == cuda
         assert error.dtype == bound.dtype == torch.float32
