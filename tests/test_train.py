@@ -212,7 +212,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(cache, tmp_path, monkeypatch
 
 
 def command(cache, out, *more):
-    return [sys.executable, "-c", "import sys, torch; sys.path.insert(0, sys.argv.pop(1)); torch.set_num_threads(1); import sdit, train; data.run_main(train.main)",
+    return [sys.executable, "-c", "import sys, torch; sys.path.insert(0, sys.argv.pop(1)); torch.set_num_threads(1); import data, train; data.run_main(train.main)",
             str(ROOT), "--size", "demo", "--frames", "2", "--data", str(cache), "--out", str(out), "--precision", "fp32", "--lr", "1e-3", "--preview", "0", *more]
 
 
