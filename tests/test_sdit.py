@@ -267,7 +267,7 @@ def test_files_round_trip_and_say_what_does_not_fit(tmp_path):
     tensors, config = sdit.read_tensors(path)
     for wrong, message in ((dict(tensors) | {"final_layer.linear.bias": torch.zeros(3)}, "final_layer.linear.bias is \\(3,\\)"),
                            ({k: v for k, v in tensors.items() if k != "mapping.null_scene"}, "mapping.null_scene is missing"),
-                           (dict(tensors) | {"extra": torch.zeros(1)}, "it has extra")):
+                           (dict(tensors) | {"extra": torch.zeros(1)}, "extra is \\(1,\\), expected nothing")):
         sdit.write_tensors(path, wrong, config)
         with pytest.raises(sdit.UserError, match=message):
             sdit.load_model(path)
