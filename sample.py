@@ -388,25 +388,25 @@ def sample_video(model, conditions, settings, wanted=None, finished=None, share=
     if rank == 0 and len(wanted) < M:
         print(f"{len(wanted)} of {M} frames are in {len(needed)} of {len(rows)} rows")
 
-    # 3. Sample row 0 with its anchor bank, then the other rows, a few at a time.
-    chunks = sample_rows(model, rows, numbers, conditions, settings)
-    for chunk, latents in progress(chunks, "rows", "chunk"):
+    # 3. Sample row 0 with its anchor bank, then the other rows.
+    sampled = sample_rows(model, rows, numbers, conditions, settings)
+    for b, latents in progress(sampled, "rows", "row", len(numbers)):
+        latents = latents.cpu()  # (T, C, H, W)
         if not latents.isfinite().all():
             raise UserError(
                 "the model's numbers are no longer finite: its weights are damaged, or --guidance "
                 "is too large"
             )
 
-        # 4. Scatter the rows to frames, each from its one place.
-        for b, row in zip(chunk, latents.cpu()):
-            for slot in np.flatnonzero(keep[b]) if b in mine else ():
-                finished[int(rows[b, slot])] = row[slot]
+        # 4. Scatter the row to frames.
+        for slot in np.flatnonzero(keep[b]) if b in mine else ():
+            finished[int(rows[b, slot])] = latents[slot]
     return finished
 
 
 def sample_rows(model, rows, numbers, conditions, settings):
-    """Sample the rows `numbers` of a plan (of `anchored`, 0 first), a few at a time: yields (some
-    of the numbers, their latents (B, T, C, H, W))."""
+    """Yield (number of a row, its latents (T, C, H, W)) for the rows `numbers` of a plan, of which
+    a few are sampled at once. With the method "anchored" row 0 is the first."""
     if not numbers:
         return
     config, device = model.config, conditions[0].device
@@ -428,22 +428,22 @@ def sample_rows(model, rows, numbers, conditions, settings):
 
     if settings.method == "multidiffusion":
         x = inputs([0], slots)[0][0]  # (M, C, H, W)
-        yield numbers, sample_multidiffusion(model, x, conditions, settings, size)[None]
+        yield 0, sample_multidiffusion(model, x, conditions, settings, size)
 
     elif settings.method == "independent":
         for chunk in batches(numbers, size):
-            yield chunk, sample_plain(model, *inputs(chunk, slots), settings, None)
+            yield from zip(chunk, sample_plain(model, *inputs(chunk, slots), settings, None))
 
     else:
         if device.type == "cuda" and isinstance(model, sdit.SDiT):
             model = Captured(model)
         first, bank = sample_first(model, *inputs([0], slots), settings, anchor)
-        yield [0], first
+        yield 0, first[0]
 
         for chunk in batches(numbers[1:], size):
             x = sample_rest(model, *inputs(chunk, others), settings, anchor, bank)
             shared = first[:, anchor : anchor + 1].expand(len(x), -1, -1, -1, -1)
-            yield chunk, torch.cat([x[:, :anchor], shared, x[:, anchor:]], 1)
+            yield from zip(chunk, torch.cat([x[:, :anchor], shared, x[:, anchor:]], 1))
 
 
 def batches(items, size):
