@@ -6,10 +6,10 @@ movements out (paper 3.2, Algorithm 1).
     python sample.py --prompt "a man with red hair" --driving y.mp4
     torchrun --nproc_per_node=4 sample.py --source x.jpg --driving y.mp4 --out z.mp4
 
-A video of any length is dealt to rows of T frames that share one frame, the anchor (`plan_rows`).
-`sample_plain` is the paper's rule as it stands, all rows in one batch; `sample_first` and
-`sample_rest` make the same in the memory of a few rows, for `sample_video`. `reenact` is the whole
-job: prepare, sample, write. The same command again goes on from OUT.partial/."""
+`plan_rows` deals a video of any length to rows of T frames that share one frame, the anchor.
+`sample_plain` is the paper's rule, all rows in one batch; `sample_first` and `sample_rest` make the
+same in the memory of a few rows. `reenact` is the whole job: prepare, sample, write. An interrupted
+command, given again, goes on from OUT.partial/."""
 
 import argparse
 import csv
@@ -39,7 +39,9 @@ import sdit
 from sdit import NoiseSchedule, UserError
 
 DEMO = Path(__file__).resolve().parent / "demo"
-# Tokens that are denoised at once bound the memory; the result is the same, to rounding.
+SOURCE, DRIVING, MODEL = DEMO / "source.png", DEMO / "driving.mp4", DEMO / "sdit.safetensors"
+
+# Tokens that are denoised at once: bounds the memory; the result is the same, to rounding.
 CHUNK_TOKENS = dict(cpu=2048, cuda=8192)
 
 # --------------------------------------------------------------------------------------------------
@@ -57,8 +59,8 @@ def count_rows(M, T, anchor):
 def plan_rows(M, T, anchor=None):
     """Deal the M frames of a video to rows of T (Eq. 1): frame numbers and `keep`, both (B, T).
 
-    `keep` marks the one place of each frame; elsewhere are copies of the anchor in rows 1.. and
-    repeated frames that fill slots. `anchor` is a frame number."""
+    `keep` marks one place of each frame; elsewhere are copies of the anchor in rows 1.. and
+    repeated frames that fill slots."""
     slot = T // 2  # of the anchor, in every row
     if anchor is None:
         # paper: "the central frame". Where T is even, another one can need fewer rows.
@@ -94,8 +96,8 @@ def plan_windows(M, T):
 
 
 def frame_noise(seed, frames, shape, step=0):
-    """Noise (*frames.shape, *shape), float64. It belongs to the frame of the video, whatever row,
-    chunk or process that is in. `step` 0 is the start; samplers draw at later ones."""
+    """Noise (*frames.shape, *shape), float64. It belongs to the frame, whatever row, chunk or
+    process that is in. `step` 0 is the start; samplers that add noise use later ones."""
     noise = [
         np.random.default_rng([seed, f, step]).standard_normal(shape) for f in np.ravel(frames)
     ]
@@ -142,7 +144,7 @@ class Settings:
 
 
 # One step: from x (..., C, H, W) and the model's output (..., 2C, H, W) to the next x. a and b:
-# alpha_bar before and after it (1: clean latents). draw(): new noise like x. memory: a dict that
+# alpha_bar before and after it (1: clean latents). new_noise(): noise like x. memory: a dict that
 # lasts from step to step.
 
 
@@ -150,17 +152,17 @@ def predict_clean(x, noise, a):
     return (x - (1 - a) ** 0.5 * noise) / a**0.5
 
 
-def ddim(x, output, a, b, draw, memory, eta=0.0):
-    """DDIM (Song et al. 2021), Eq. 12 and 16; eta 0 is deterministic, 1 is ancestral sampling."""
+def ddim(x, output, a, b, new_noise, memory, eta=0.0):
+    """DDIM (Song et al. 2021), Eq. 12 and 16. eta 0 adds no noise, 1 as much as DDPM."""
     noise, _ = output.chunk(2, -3)
     sigma = eta * ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
     x = b**0.5 * predict_clean(x, noise, a) + (1 - b - sigma**2) ** 0.5 * noise
-    return x + sigma * draw() if sigma else x
+    return x + sigma * new_noise() if sigma else x
 
 
-def ddpm(x, output, a, b, draw, memory):
-    """Ancestral sampling with the learned sigma, on the process that has only these timesteps
-    (Improved DDPM, Eq. 15 and 19)."""
+def ddpm(x, output, a, b, new_noise, memory):
+    """DDPM with the learned sigma, on the process that has only these timesteps (Improved DDPM,
+    Eq. 15 and 19)."""
     noise, v = output.chunk(2, -3)
     beta = 1 - a / b
     clean = predict_clean(x, noise, a)
@@ -170,10 +172,10 @@ def ddpm(x, output, a, b, draw, memory):
 
     low, high = math.log(beta * (1 - b) / (1 - a)), math.log(beta)
     log_variance = low + (v + 1) / 2 * (high - low)
-    return mean + torch.exp(log_variance / 2) * draw()
+    return mean + torch.exp(log_variance / 2) * new_noise()
 
 
-def dpm_plus(x, output, a, b, draw, memory):
+def dpm_plus(x, output, a, b, new_noise, memory):
     """DPM-Solver++ (2M), Lu et al. 2022, Alg. 2."""
     noise, _ = output.chunk(2, -3)
     clean = predict_clean(x, noise, a)
@@ -211,33 +213,33 @@ def progress(items, what, unit, total=None):
 
 
 def denoise(settings, x, frames, evaluate, anchor=None):
-    """Algorithm 1, step 3: noise x (..., C, H, W) of the frames `frames` (...) to clean latents.
+    """Algorithm 1, step 3: from noise x (..., C, H, W) for `frames` (...) to clean latents.
 
-    evaluate(i, x, t): the model's output at step i, timestep t. `anchor`, a slot, is overridden at
-    the start and after every step; with the anchor bank there is nothing to override."""
+    evaluate(i, x, t): the model's output at step i and timestep t. anchor: a slot to override; with
+    the anchor bank there is nothing to override."""
     step, memory = choose_sampler(settings.sampler), {}
     alpha_bar = [*NoiseSchedule().alpha_bar.tolist(), 1.0]  # the last one, at -1: clean latents
 
     x = sdit.override(x, anchor)
     for i, (t, after) in enumerate(progress(settings.timesteps(), "denoising", "step")):
 
-        def draw():
+        def new_noise():
             noise = frame_noise(settings.seed, frames, x.shape[-3:], i + 1)
             return data.send(noise.to(x.dtype), x.device)
 
-        x = step(x, evaluate(i, x, t), alpha_bar[t], alpha_bar[after], draw, memory)
+        x = step(x, evaluate(i, x, t), alpha_bar[t], alpha_bar[after], new_noise, memory)
         x = sdit.override(x, anchor)
     return x
 
 
 # --------------------------------------------------------------------------------------------------
-# Anchored diffusion of rows. conditions: the conditioning (B, T, D) of every branch: one, or with
-# guidance also the unconditional one
+# Anchored diffusion of rows. conditions: the conditioning (B, T, D) of every branch, which is one,
+# or with guidance also the unconditional one
 
 
 def guided(outputs, guidance):
-    """Classifier-free guidance of the branches' outputs, (..., 2C, H, W) each, over all channels of
-    the noise; the learned sigma is the conditional one's."""
+    """Classifier-free guidance of the outputs (..., 2C, H, W) of one branch or two, over all
+    channels of the noise; the learned sigma is the conditional one's."""
     if len(outputs) == 1:
         return outputs[0]
     (noise, v), (base, _) = (output.chunk(2, -3) for output in outputs)
@@ -245,18 +247,17 @@ def guided(outputs, guidance):
 
 
 def run_model(function, x, t, c, *rest):
-    """`function` of a model of any precision, on latents x; its output is in x's precision."""
+    """A model of any precision on latents x; the output is in x's precision."""
     output = function(x, torch.full((len(x),), t, device=x.device), c, *rest)
     return (output[0].to(x.dtype), output[1]) if isinstance(output, tuple) else output.to(x.dtype)
 
 
 @torch.no_grad()
 def sample_plain(model, x, frames, conditions, settings, anchor):
-    """The paper's rule, the definition that tests compare with: all rows x (B, T, C, H, W) in one
-    batch. The anchor is overridden at the start, in every layer (`SDiT.forward`) and after every
-    step (Algorithm 1: before it; rows agree on the anchor's noise, so that is the same).
-
-    Memory grows with the video. With `anchor` None nothing is shared: rows are independent."""
+    """The paper's rule, the definition: all rows x (B, T, C, H, W) in one batch, the anchor
+    overridden at the start, in every layer (`SDiT.forward`) and after every step (Algorithm 1:
+    before it; rows agree on the anchor's noise, so that is the same). Memory grows with the video.
+    With `anchor` None rows are independent."""
 
     def evaluate(i, x, t):
         return guided([run_model(model, x, t, c, anchor) for c in conditions], settings.guidance)
@@ -266,9 +267,9 @@ def sample_plain(model, x, frames, conditions, settings, anchor):
 
 @torch.no_grad()
 def sample_first(model, x, frames, conditions, settings, anchor):
-    """Row 0, x (1, T, C, H, W), through all steps: its latents and the anchor bank, which holds the
-    keys and values of its anchor for every step and branch. Other rows need no more of it: what
-    they would compute for their own anchor is overridden in every layer."""
+    """Row 0, x (1, T, C, H, W): its latents and the anchor bank, the keys and values of its anchor
+    for every step and branch. Other rows need no more of it: what they would compute for their own
+    anchor is overridden in every layer."""
     bank = []
 
     def evaluate(i, x, t):
@@ -286,8 +287,8 @@ def sample_first(model, x, frames, conditions, settings, anchor):
 
 @torch.no_grad()
 def sample_rest(model, x, frames, conditions, settings, anchor, bank):
-    """Other rows, x (B, T - 1, C, H, W) without their anchor slots: in any batch and order they
-    become what `sample_plain` makes of them. Each branch reads its own keys and values."""
+    """Other rows, x (B, T - 1, C, H, W) without the anchor's slot: in any batch and order, what
+    `sample_plain` makes of them. Each branch reads its own keys and values."""
 
     def evaluate(i, x, t):
         if hasattr(model, "rest"):  # an engine
@@ -301,8 +302,8 @@ def sample_rest(model, x, frames, conditions, settings, anchor, bank):
 
 @torch.no_grad()
 def sample_multidiffusion(model, x, conditions, settings, size):
-    """MultiDiffusion (Bar-Tal et al. 2023), to compare with: the whole video x (M, C, H, W), with
-    conditions (M, D). At every step a frame's output is averaged over the windows that hold it."""
+    """MultiDiffusion (Bar-Tal et al. 2023), to compare with: the whole video x (M, C, H, W),
+    conditions (M, D). A frame's output is averaged over the windows that hold it."""
     windows = plan_windows(len(x), model.config.frames)  # (windows, T)
     counts = np.bincount(windows.ravel(), minlength=len(x)).reshape(-1, 1, 1, 1)
     windows, counts = (data.send(torch.from_numpy(n), x.device) for n in (windows, counts))
@@ -319,8 +320,8 @@ def sample_multidiffusion(model, x, conditions, settings, size):
 
 
 class Captured:
-    """An SDiT on a GPU whose `forward_first` and `forward_rest` are recorded as CUDA graphs, once
-    for every shape: one launch in place of hundreds, and the same bits. For one thread only."""
+    """An SDiT on a GPU, recorded as CUDA graphs, one for every shape: one launch in place of
+    hundreds, and the same bits. For one thread."""
 
     recording = threading.Lock()  # CUDA records for one thread at a time
 
@@ -394,8 +395,7 @@ def sample_video(model, conditions, settings, wanted=None, finished=None, share=
         latents = latents.cpu()  # (T, C, H, W)
         if not latents.isfinite().all():
             raise UserError(
-                "the model's numbers are no longer finite: its weights are damaged, or --guidance "
-                "is too large"
+                "the model's numbers are no longer finite: damaged weights, or --guidance too large"
             )
 
         # 4. Scatter the row to frames.
@@ -451,9 +451,8 @@ def batches(items, size):
 
 
 class Partial:
-    """Finished frames on disk, OUT.partial/KEY-FRAME.safetensors: the mapping for `sample_video`.
-    KEY is a digest of all that decides the result; frames of another key are removed, and files
-    that are not frames stay."""
+    """{frame: latent} on disk, OUT.partial/KEY-FRAME.safetensors, for `sample_video`. KEY: a digest
+    of all that decides the result; frames of another key are removed, other files stay."""
 
     ours = f"*-{'[0-9]' * 8}.safetensors*"  # also temporary ones, of runs that were killed
 
@@ -497,8 +496,8 @@ class Partial:
 
 
 def edit_scene(encoder, scene, edit):
-    """The scene (1, S) moved by `edit`, "BEFORE -> AFTER[:WEIGHT]", along the direction between the
-    two texts (paper 4.4 is silent on how vectors are combined; this is StyleGAN-NADA's way)."""
+    """The scene (1, S), moved from text to text by `edit`, "BEFORE -> AFTER[:WEIGHT]". Paper 4.4 is
+    silent on how vectors are combined; this is StyleGAN-NADA's way."""
     before, _, after = edit.partition("->")
     after, _, weight = (after if ":" in after else f"{after}:1").rpartition(":")
     try:
@@ -567,8 +566,8 @@ def neutral_frame(landmarks):
 
 def retargeted(driving, source):
     """Landmarks (M, 478, 3) with the motion of `driving` (M, 478, 3) and half of the proportions of
-    `source` (478, 3), in any unit. Paper silent: raw landmarks carry the driver's shape over. The
-    whole proportions, or differences point by point, were further from the truth on the demo."""
+    `source` (478, 3), in any unit; all of them were further from the truth on the demo. Paper
+    silent: raw landmarks carry the driver's shape over."""
     neutral = driving[neutral_frame(driving)]
     scale, rotation = head_pose(source, neutral)
 
@@ -611,10 +610,9 @@ class Models:
         return self.autoencoder.config.factor * self.sdit.config.latent_size
 
 
-def load_models(path=DEMO / "sdit.safetensors", device=None, engine=None):
-    """Models of a file by train.py and the weights that it names. `engine`: a folder that export.py
-    made of it. On a GPU the SDiT is in bfloat16, but for the mapping network: in that precision
-    landmarks would move in steps of a pixel."""
+def load_models(path=MODEL, device=None, engine=None):
+    """The Models of a file by train.py; `engine`: a folder that export.py made of it. On a GPU the
+    SDiT is in bfloat16, but for the mapping network: there landmarks would move by whole pixels."""
     device, model = data.get_device(device), sdit.load_model(path)
     mapping, config = model.mapping, model.config
     if engine:
@@ -641,16 +639,10 @@ def load_models(path=DEMO / "sdit.safetensors", device=None, engine=None):
     )
 
 
-def reenact(
-    source=None,
-    driving=DEMO / "driving.mp4",
-    out="reenacted.mp4",
-    model=DEMO / "sdit.safetensors",
-    **options,
-):
-    """Write the video `out` of the face in `source`, moving like the one in `driving`. `model`: a
-    file, or of `load_models`; `options`: those of the command line, by name. Returns the seconds by
-    part. Raises UserError on bad input; then nothing is written. Threads may call it at once."""
+def reenact(source=None, driving=DRIVING, out="reenacted.mp4", model=MODEL, **options):
+    """Write the video `out` of the face in `source`, moving like the one in `driving`; `model`: a
+    file or Models; `options`: those of the command line, by name. Returns the seconds by part.
+    Raises UserError on bad input, and writes nothing then. Threads may call it at once."""
     defaults, watch = vars(arguments([])), data.Stopwatch()
     assert set(options) <= set(defaults), f"unknown: {set(options) - set(defaults)}"
     asked = argparse.Namespace(**defaults | options)
@@ -694,7 +686,7 @@ def prepare(asked, watch):
     if asked.retarget and not asked.source:
         raise UserError("--retarget needs the shape of a face; give a --source")
     if not asked.source and not asked.prompt:
-        asked.source = DEMO / "source.png"
+        asked.source = SOURCE
     paths = outputs(asked.out, asked.compare)
     for path in paths:
         data.check_output(path, *filter(None, (asked.source, asked.driving)))
@@ -742,8 +734,7 @@ def check_kind(paths, driving, wanted):
 
 
 def read_faces(asked, models, driving):
-    """(crop of the source or None, landmarks (M, 478, 3) and square of the driving face); says what
-    had to be chosen."""
+    """(source's crop or None, landmarks (M, 478, 3), square of the driving face)."""
     number, source_number = (*asked.face, 0)[:2]
     picture, shape, faces = None, None, 0
     if asked.source:
@@ -819,8 +810,8 @@ def write(job, latents, watch):
 
 
 def read_source(path, landmarker, size, number):
-    """(face crop (size, size, 3) uint8, landmarks (478, 3), how many faces there are) of face
-    `number` of a picture, or of a video's first frame with a face."""
+    """(crop (size, size, 3) uint8, landmarks (478, 3), count of faces) of face `number` of a
+    picture, or of a video's first frame with a face."""
     for frame in data.read_frames(path):
         if faces := list(landmarker.everyone(frame)):
             points = data.pick_face(faces, number, path)
@@ -832,7 +823,7 @@ def parse_only(text, M):
     """ "a:b" -> range of frames; both ends may be missing."""
     wanted = ()
     with suppress(ValueError):
-        first, end = (int(part) if part else None for part in text.split(":"))
+        first, end = (int(number) if number else None for number in text.split(":"))
         wanted = range(M)[first:end]
     if not wanted:
         raise UserError(
@@ -853,8 +844,7 @@ def explain(error):
 
 @contextmanager
 def together():
-    """Under torchrun: what fails on one rank fails on all, when all have come here. So they agree
-    on what comes next."""
+    """Under torchrun: what fails on one rank fails on all, so that they agree on what is next."""
     error = None
     try:
         yield
@@ -895,8 +885,8 @@ def made_here(path):
 
 
 def find_conflicts(jobs, compare):
-    """{number of a job: why it must not run}: it would write over a file that a job reads, or that
-    an earlier one writes. A job may read what an earlier one made."""
+    """{number of a job: why it must not run}: it would write over what a job reads or an earlier
+    one writes. A job may read what an earlier one made."""
     readers, writers, reasons = {}, {}, {}  # of each file: its first job
     for i, job in enumerate(jobs):
         for name in {"source", "driving"} & set(job):
@@ -915,8 +905,8 @@ def find_conflicts(jobs, compare):
 
 
 def reenact_pairs(path, models, options):
-    """Run every line of a CSV file (see `read_pairs`), paths relative to it. A line that fails is
-    reported, and the rest goes on; at the end UserError, with exit code 1 if some were written."""
+    """Run every line of a CSV file, paths relative to it. A line that fails is reported, and the
+    rest goes on; at the end UserError, with exit code 1 if some were written."""
     lines, names, written = read_pairs(path), ("source", "driving", "out"), 0
     jobs = [{k: Path(path).parent / line[k] for k in names if line.get(k)} for line in lines]
     conflicts = find_conflicts(jobs, options["compare"])
@@ -932,7 +922,8 @@ def reenact_pairs(path, models, options):
         except Exception as e:  # whatever is wrong with a line, the rest goes on
             print_once(f"{path}, line {i + 2}: {explain(e)}; skipped", sys.stderr)
 
-    print_once(f"{written} of {len(lines)} written")
+    with together():  # or the first to end would end the others
+        print_once(f"{written} of {len(lines)} written")
     if written < len(lines):
         raise UserError(
             f"{len(lines) - written} lines of {path} could not be done, for the reasons above",
@@ -947,33 +938,26 @@ def arguments(given=None):
     ap, number = data.Parser(__doc__), data.number
     add, whole = ap.add_argument, number(int, 0)
     add("--source", type=Path, help="picture or video of a face (default: the bundled picture)")
-    add(
-        "--driving",
-        type=Path,
-        default=DEMO / "driving.mp4",
-        help="video or picture that gives the motion",
-    )
+    add("--driving", type=Path, default=DRIVING, help="video or picture that gives the motion")
     add("--out", type=Path, default=Path("reenacted.mp4"), help="video, or for one frame .png")
     add("--pairs", type=Path, help="many jobs: CSV file with columns source,driving,out[,prompt]")
-    add("--model", type=Path, default=DEMO / "sdit.safetensors", help="model file made by train.py")
+    add("--model", type=Path, default=MODEL, help="model file made by train.py")
     add("--prompt", help="a sentence in place of the source, or, with one, mixed into it")
     add("--edit", metavar="A -> B[:W]", help='as in "blond hair -> red hair", with weight W')
-    text = "take half of the source's proportions of face, width and height, into the motion"
-    add("--retarget", action="store_true", help=text)
-    text = "which face of the driving video and of the source, by size from 0"
-    add("--face", type=whole, nargs="+", default=[0], metavar="N", help=text)
+    add("--retarget", action="store_true", help="move with half of the source's proportions")
+    faces = dict(nargs="+", default=[0], metavar="N")
+    add("--face", type=whole, **faces, help="by size from 0: of the driving video, of the source")
     steps = number(int, 1, NoiseSchedule.steps)
     add("--steps", type=steps, default=Settings.steps, help="denoising steps")
-    text = "ddim, ddim:ETA, ddpm (with --steps 250: DiT's setting) or dpm++"
-    add("--sampler", default=Settings.sampler, help=text)
-    text = "weight of classifier-free guidance; 1: none, half the work"
-    add("--guidance", type=number(float, -100, 100), default=Settings.guidance, help=text)
-    add("--method", choices=METHODS, default=Settings.method, help="the others are to compare with")
+    samplers = "ddim, ddim:ETA, ddpm (DiT's, with --steps 250) or dpm++"
+    add("--sampler", default=Settings.sampler, help=samplers)
+    guidance = dict(type=number(float, -100, 100), default=Settings.guidance)
+    add("--guidance", **guidance, help="weight of classifier-free guidance; 1: none, half the work")
+    add("--method", choices=METHODS, default=Settings.method, help="others are to compare with")
     add("--seed", type=whole, default=Settings.seed, help="of the noise")
     add("--only", metavar="A:B", help="only these frames of the driving video, as in 0:24")
-    text = "also write OUT-compare.mp4: source, driving, result side by side"
-    add("--compare", action="store_true", help=text)
-    add("--engine", type=Path, help="folder made by export.py from the same model: use its graphs")
+    add("--compare", action="store_true", help="also OUT-compare.mp4: source, driving, result")
+    add("--engine", type=Path, help="folder that export.py made of the model: use its graphs")
     add("--device", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
     return ap.parse_args(given)
 
@@ -986,9 +970,8 @@ def main():
         if torch.cuda.is_available() and not a.device:
             a.device = f"cuda:{local % torch.cuda.device_count()}"
 
-    bundled = {None, DEMO / "source.png", DEMO / "driving.mp4"}
     given = {a.source and a.source.resolve(), a.driving.resolve()}
-    if a.model.resolve() == DEMO / "sdit.safetensors" and (a.pairs or not given <= bundled):
+    if a.model.resolve() == MODEL and (a.pairs or not given <= {None, SOURCE, DRIVING}):
         print_once(
             "note: the bundled model knows rendered faces only: the result is a rendered face that "
             "moves like the driving person, not the person in the picture; for real faces train a "
