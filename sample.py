@@ -621,10 +621,10 @@ def load_models(path=MODEL, device=None, engine=None):
         engine = load_engine(engine, data.sha256(path), device)
         mapping.to(device)  # nothing else of the SDiT runs
     else:
-        model.to(device)
         if device.type == "cuda" and sdit.has_bf16("cuda"):
             model.mapping = None  # out of the way of `to`
             model.to(torch.bfloat16).mapping = mapping
+        model.to(device)
 
     autoencoder = data.find_weights(config.autoencoder, config.autoencoder_sha256, path)
     clip = data.find_weights(config.clip, config.clip_sha256, path)
@@ -696,8 +696,9 @@ def prepare(asked, watch):
         if not isinstance(models, Models):
             models = load_models(models, asked.device, asked.engine)
     engine = models.engine
-    if engine and (settings.method != "anchored" or engine.branches == 1 != settings.guidance):
-        cure = ", --guidance 1 or export.py --branches 2" if engine.branches == 1 else ""
+    unguided = engine and engine.branches == 1
+    if engine and settings.method != "anchored" or unguided and settings.guidance != 1:
+        cure = ", --guidance 1 or export.py --branches 2" if unguided else ""
         raise UserError(f"the engine {engine.name} needs --method anchored{cure}")
 
     with watch("landmarks"):
