@@ -15,6 +15,7 @@ holds celebvhq_info.json or VFHQ's Clip+ID+...txt, only what these list is used.
 import concurrent.futures
 import contextlib
 import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -54,8 +55,8 @@ PAPER = {  # mean, standard deviation (paper B, Figs. 10 to 13)
 
 
 def read_entries(path):
-    """Lines of a user's text file that are not empty."""
-    return list(filter(None, map(str.strip, data.read_text(path).splitlines())))
+    """Lines of a user's text file, without empty ones."""
+    return [line for line in map(str.strip, data.read_text(path).splitlines()) if line]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -64,12 +65,12 @@ def read_entries(path):
 
 @dataclass
 class Source:
-    """A video, and what of it is wanted."""
+    """A video."""
 
     path: Path
     name: str  # within the given folder
     identity: str  # what training and test must not share
-    spans: list = None  # [(begin, end, box)]: seconds, face's box in 0..1 or None; None: all of it
+    spans: list = None  # only these: [(begin, end, box of the face)], in seconds and in 0..1
 
     @property
     def key(self):
@@ -87,7 +88,7 @@ def read_celebvhq(path):
 
 
 def read_vfhq(path):
-    """Yield (video id, span) of one of VFHQ's text files, without the frames at both ends."""
+    """Yield (video id, span) of a text file of VFHQ, without the frames at both ends."""
     video, first, last = re.fullmatch(r"Clip\+(.+)\+P\d+\+C\d+\+F(\d+)-(\d+)", path.stem).groups()
     fields = dict(re.findall(r"(\w+)[: ]+(.+)", data.read_text(path)))
     w, h, fps = (float(fields[k]) for k in ("W", "H", "FPS"))
@@ -117,11 +118,10 @@ def list_sources(folder, out):
     """The sources in a folder tree, sorted, without the clips in `out`. The identity of a video is
     the first folder that it lies in, or itself."""
     if not folder or not folder.is_dir():
-        cure = "name the folder of videos: python curate.py run VIDEOS"
-        raise UserError(f"no such folder: {folder}; {cure}")
+        raise UserError(f"no such folder: {folder}; name the folder of videos")
     written = {(out / split).absolute() for split in SPLITS}
-    files = data.list_files(folder, data.VIDEOS | {".txt", ".json"})
-    files = [p for p in files if written.isdisjoint(p.absolute().parents)]
+    found = data.list_files(folder, data.VIDEOS | {".txt", ".json"})
+    files = [path for path in found if written.isdisjoint(path.absolute().parents)]
     spans, sources = list_spans(files), []
 
     for path in files:
@@ -139,7 +139,7 @@ def list_sources(folder, out):
         sources.append(Source(path.absolute(), str(relative), identity, spans.get(path.stem)))
 
     if not sources:
-        named = f" named as its list names them, like {min(spans)}.mp4" if spans else ""
+        named = f" named like {min(spans)}.mp4, as in its list" if spans else ""
         raise UserError(f"no videos ({', '.join(sorted(data.VIDEOS))}) under {folder}{named}")
     return sources
 
@@ -155,8 +155,8 @@ def read_queries(path):
     queries = [line for line in read_entries(path) if not line.startswith("#")]
     for query in queries:
         if query.startswith("-") or "\0" in query:  # some options run programs
-            wrong = f"{query!r} begins with a dash, or is no text"
-            raise UserError(f"{path}: {wrong}; give words, or an address")
+            cure = "give words, or an address"
+            raise UserError(f"{path}: {query!r} begins with a dash, or is no text; {cure}")
     return queries
 
 
@@ -185,16 +185,16 @@ def search(a):
         run = subprocess.run([program, *options, target], capture_output=True, errors="replace")
         reason = run.stderr.strip().splitlines()[-1:]
         if run.returncode and re.search("HTTP Error 429|not a bot|rate.limit", run.stderr):
-            later = "wait some hours, then give the same command: it goes on"
-            raise UserError(f"the site refuses ({reason[0]}); {later} at {query!r}")
+            cure = "wait some hours, then give the same command: it goes on"
+            raise UserError(f"the site refuses ({reason[0]}); {cure} at {query!r}")
 
         success = run.returncode == 0 or archive.stat().st_size > before  # some may be gone
         data.append_line(log, dict(query=query, done=success, code=run.returncode, last=reason))
         if success:
             done.add(query)
         else:
-            again = "the same command tries it again"
-            print(f"nothing came of {query!r} ({''.join(reason)}); {again}", file=sys.stderr)
+            cure = "the same command tries it again"
+            print(f"nothing came of {query!r} ({''.join(reason)}); {cure}", file=sys.stderr)
 
     count = len(data.list_files(folder, data.VIDEOS))
     if queries and not count and not done:
@@ -203,9 +203,13 @@ def search(a):
 
 
 # --------------------------------------------------------------------------------------------------
-# detect: shots. Frames x (M, 24, 24, 3) are thumbnails, their differences of 255
+# detect: shots of a film, from thumbnails x (M, 24, 24, 3)
 
-CUT, JUMP, DISSOLVE = 25, 8, 20
+CUT, JUMP, DISSOLVE = 25, 8, 20  # mean differences, of 255
+
+
+def mean_difference(x):
+    return np.abs(x).mean((1, 2, 3))
 
 
 def transitions(thumbs, chunk=4096, margin=64):
@@ -224,7 +228,7 @@ def transitions(thumbs, chunk=4096, margin=64):
 
 def find_cuts(x):
     """Frames after a large step, or after a smaller one that stands alone."""
-    steps = np.abs(np.diff(x, axis=0)).mean((1, 2, 3))  # (M - 1,)
+    steps = mean_difference(np.diff(x, axis=0))  # (M - 1,)
     cuts = []
     for i, step in enumerate(steps):
         around = [*steps[max(0, i - 6) : i], *steps[i + 1 : i + 7]]
@@ -240,8 +244,8 @@ def find_dissolves(x, cuts):
     found = []
     for reach in (4, 8, 16):
         before, middle, after = x[: -2 * reach], x[reach:-reach], x[2 * reach :]
-        change = np.abs(after - before).mean((1, 2, 3))
-        error = np.abs(middle - (before + after) / 2).mean((1, 2, 3))
+        change = mean_difference(after - before)
+        error = mean_difference(middle - (before + after) / 2)
         centres = np.flatnonzero((change > DISSOLVE) & (error < 0.2 * change)) + reach
         found += filter(None, (fit_dissolve(x, centre, reach, cuts) for centre in centres))
 
@@ -254,9 +258,8 @@ def find_dissolves(x, cuts):
 
 
 def fit_dissolve(x, centre, reach, cuts):
-    """(error, begin, end) of a dissolve: a window's frames are fitted by mixtures of its ends; the
-    dissolve is where the mixture, extrapolated, goes from 0 to 1. None without one."""
-    # The window, within the shot
+    """(error, begin, end) of a dissolve, or None: frames of a window in the shot are fitted by
+    mixtures of its ends; the dissolve is where the mixture, extrapolated, goes from 0 to 1."""
     first = max(centre - 2 * reach, *(c for c in cuts if c <= centre))
     last = min(centre + 2 * reach, *(c - 1 for c in cuts if c > centre))
     if first > centre - reach or last < centre + reach:
@@ -271,7 +274,7 @@ def fit_dissolve(x, centre, reach, cuts):
     inside = np.arange(early[-1], late[0] + 1)
     begin, end = (np.interp(v, mixture[inside], inside) for v in (0.2, 0.8))
 
-    error = np.abs(moved - mixture[:, None, None, None] * change).mean((1, 2, 3))[inside].max()
+    error = mean_difference(moved - mixture[:, None, None, None] * change)[inside].max()
     margin = (end - begin) / 3
     begin, end = round(begin - margin), round(end + margin) + 1
     return error / np.abs(change).mean(), first + begin, first + end
@@ -419,9 +422,8 @@ def frame_face(candidate, points, others, shape, fps, a):
     if (boxes < edges)[:, :2].any() or (boxes > edges)[:, 2:].any():
         return LEAVES
 
-    here = range(candidate["start"], candidate["end"])
-    samples = [boxes for f, boxes in others.items() if f in here]
-    crowded = [any(overlap(box, edges) > 0.02 for box in boxes) for boxes in samples]
+    here = others.keys() & range(candidate["start"], candidate["end"])
+    crowded = [any(overlap(box, edges) > 0.02 for box in others[f]) for f in here]
     if np.mean(crowded or [0]) > 0.2:
         return "another face in its square"
     if np.nanstd(points / side, 0).mean() < 5e-4:
@@ -437,12 +439,10 @@ def detect(source, a):
     thumbs, samples, (h, w) = scan(video, spans, landmarker)
 
     # Shots, and tracks of faces within them
-    found = transitions(thumbs)
-    begins, ends = [0, *(begin for _, begin in found)], [*(end for end, _ in found), len(thumbs)]
-    tracks = []
-    for shot in zip(begins, ends):
-        inside = {f: boxes for f, boxes in samples.items() if shot[0] <= f < shot[1]}
-        tracks += [(track, shot) for track in link_faces(inside)]
+    tracks, between = [], [(None, 0), *transitions(thumbs), (len(thumbs), None)]
+    for (_, begin), (end, _) in itertools.pairwise(between):
+        inside = {f: boxes for f, boxes in samples.items() if begin <= f < end}
+        tracks += [(track, (begin, end)) for track in link_faces(inside)]
 
     # Their frames
     parts = []
@@ -453,9 +453,10 @@ def detect(source, a):
 
     candidates = []
     for (begin, end, track), points in zip(parts, track_landmarks(video, parts, landmarker)):
-        others = {f: boxes for f, boxes in samples.items() if begin <= f < end}
-        for f, boxes in others.items():
-            others[f] = [box for box in boxes if overlap(box, nearest_box(track, f)) < 0.3]
+        others = {}
+        for f in samples.keys() & range(begin, end):
+            face = nearest_box(track, f)
+            others[f] = [box for box in samples[f] if overlap(box, face) < 0.3]
         for since, until, box in spans:
             low, high = max(begin, math.ceil(since * fps)), int(min(end, until * fps))
             listed = not box or overlap(np.multiply(box, (w, h, w, h)), track[0][1]) >= 0.1
@@ -472,9 +473,7 @@ def detect(source, a):
 # validate, write
 
 
-@functools.cache
-def get_landmarker():
-    return data.FaceLandmarker()
+get_landmarker = functools.cache(data.FaceLandmarker)
 
 
 @functools.cache
@@ -482,23 +481,24 @@ def get_networks(clip, arcface, hyperiqa):
     """(CLIP, ArcFace, HyperIQA); of the last two, None without a folder of weights."""
     import evaluate
 
-    *_, local = data.ranks()
-    gpu = torch.cuda.is_available()
-    device = f"cuda:{local % torch.cuda.device_count()}" if gpu else "cpu"
+    device = "cpu"
+    if gpus := torch.cuda.device_count():
+        device = f"cuda:{data.ranks()[2] % gpus}"
     encoder = data.SceneEncoder(data.fetch(clip), device)
     arcface = arcface and evaluate.load_arcface(arcface)
     return encoder, arcface, hyperiqa and evaluate.load_hyperiqa(hyperiqa, device)
 
 
-def crops(source, candidates, size, step=lambda fps: 1):
-    """Yield (candidate's number, frame, crop) in one pass, of every step(fps)-th frame."""
+def crops(source, candidates, size, sampled=False):
+    """Yield (candidate's number, frame, crop) in one pass, of all frames or of samples."""
     if all(c["reason"] for c in candidates):
         return
     video = data.Video(source.path)
+    step = sample_step(video.fps) if sampled else 1
     for f, image in enumerate(video):
         for i, c in enumerate(candidates):
             inside = c["reason"] is None and c["start"] <= f < c["end"]
-            if inside and (f - c["start"]) % step(video.fps) == 0:
+            if inside and (f - c["start"]) % step == 0:
                 yield i, f, data.crop(image, c["square"], size)
 
 
@@ -508,7 +508,7 @@ def validate(source, a, candidates):
     ArcFace and CLIP distance from frame 1"). `write` applies the thresholds."""
     encoder, arcface, hyperiqa = get_networks(a.clip, a.arcface, a.hyperiqa)
     measured = [defaultdict(list) for _ in candidates]
-    for i, _, image in crops(source, candidates, 256, sample_step):
+    for i, _, image in crops(source, candidates, 256, sampled=True):
         values = measured[i]
         values["clip"].append(encoder.images(data.to_tensor(image[None]))[0].cpu().numpy())
         points = get_landmarker().landmarks(image) if arcface else None
@@ -544,7 +544,7 @@ def drop_entries(source, out):
     path = out / "drop.txt"
     names = {source.name, source.path.stem, source.path.name, source.identity}
     entries = read_entries(path) if path.exists() else ()
-    return sorted(entry for entry in entries if entry in names or source.key in entry)
+    return [entry for entry in entries if entry in names or source.key in entry]
 
 
 @functools.cache
@@ -625,8 +625,8 @@ def stage_key(stage, source, a):
     _, before, settings = STAGES[stage]
     key = {k: str(getattr(a, k)) for k in settings}
     if stage == "detect":
-        modified = data.changed(source.path)
-        return key | dict(path=str(source.path), modified=modified, spans=source.spans)
+        path, modified = str(source.path), data.changed(source.path)
+        return key | dict(path=path, modified=modified, spans=source.spans)
 
     if stage == "validate":
         key["clip"] = data.sha256(data.fetch(a.clip))
@@ -781,9 +781,6 @@ def stats(a):
         print(f"| {title} | {np.mean(v):.2f} | {np.std(v):.2f} | {mean:g} ± {deviation:g} |")
 
 
-# --------------------------------------------------------------------------------------------------
-
-
 def arguments():
     ap = data.Parser(__doc__)
     add, number = ap.add_argument, data.number
@@ -791,15 +788,15 @@ def arguments():
     add("command", choices=["run", "search", *STAGES, "stats"])
     add("source", type=Path, nargs="?", help="folder of videos; of `search`: a file of queries")
     add("--out", type=Path, default=Path("clips"))
-    add("--top", type=number(int, 1), default=20, help="of `search`: videos a query (as the paper)")
+    add("--top", type=number(int, 1), default=20, help="of `search`: videos a query (paper: 20)")
     # Paper: 400, which cannot be the face's own box: its clips would be larger than they are
     add("--min-side", type=number(int, 0), default=400, help="least pixels of a clip's square")
     add("--min-seconds", type=seconds, default=2.0, help="clips are longer than this")
     add("--clip", default=data.DEMO / "clip.safetensors", help="a file, or ViT-L-14, the paper's")
     add("--min-clip", type=cosine, default=0.75, help="least CLIP cosine to the first frame")
-    add("--arcface", type=Path, help="folder with w600k_r50.onnx (for research only): ArcFace too")
+    add("--arcface", type=Path, help="folder of w600k_r50.onnx (research only)")
     add("--min-arcface", type=cosine, default=0.4, help="least ArcFace cosine to the first frame")
-    add("--hyperiqa", type=Path, help="folder with koniq_pretrained.pkl: quality for stats")
+    add("--hyperiqa", type=Path, help="folder of koniq_pretrained.pkl")
     add("--size", type=number(int, 2, 4096), default=512, help="pixels of the written clips")
     add("--test", type=fraction, default=0.02, help="fraction of identities for OUT/test")
     add("--drop", type=Path, help="file of clips, videos, identities to leave out from now on")
