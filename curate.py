@@ -21,6 +21,7 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -68,7 +69,7 @@ class Source:
     """A video."""
 
     path: Path
-    name: str  # within the given folder
+    name: str  # path within the given folder
     identity: str  # what training and test must not share
     spans: list = None  # only these: [(begin, end, box of the face)], in seconds and in 0..1
 
@@ -147,6 +148,10 @@ def list_sources(folder, out):
 # --------------------------------------------------------------------------------------------------
 # search: the paper's first step, by the program yt-dlp
 
+YT_DLP = """-c --write-info-json --no-write-playlist-metafiles -t sleep --retry-sleep exp=1:120
+    --match-filters 'height>=?720 & !is_live & duration<3600'
+    -f 'bv*[height>=720][height<=1080][vcodec^=avc1]+ba/bv*[height>=720]+ba'"""
+
 
 def read_queries(path):
     """Queries, one a line; lines of # are comments."""
@@ -161,7 +166,7 @@ def read_queries(path):
 
 
 def search(a):
-    """Download the first videos of every query (words, or addresses of channels)."""
+    """Download the first videos of every query: words, or the address of a channel."""
     program = shutil.which("yt-dlp")
     if not program:
         install = "pip install 'yt-dlp[default]', with a JavaScript runtime (deno) and ffmpeg"
@@ -173,16 +178,13 @@ def search(a):
     log.touch()
     done = {line.get("query") for line in data.read_lines([log]) if line.get("done")}
 
-    options = f"-I 1:{a.top} -c --write-info-json --no-write-playlist-metafiles -t sleep".split()
-    options += ["--match-filters", "height>=?720 & !is_live & duration<3600"]
-    options += ["-f", "bv*[height>=720][height<=1080][vcodec^=avc1]+ba/bv*[height>=720]+ba"]
-    options += ["--download-archive", archive, "--retry-sleep", "exp=1:120"]
-    options += ["-o", folder / "%(id)s.%(ext)s", "--"]
+    command = [program, "-I", f"1:{a.top}", *shlex.split(YT_DLP)]
+    command += ["--download-archive", archive, "-o", folder / "%(id)s.%(ext)s", "--"]
 
     for query in tqdm([q for q in queries if q not in done], "queries", disable=None):
         target = query if "://" in query else f"ytsearch{a.top}:{query}"
         before = archive.stat().st_size
-        run = subprocess.run([program, *options, target], capture_output=True, errors="replace")
+        run = subprocess.run([*command, target], capture_output=True, errors="replace")
         reason = run.stderr.strip().splitlines()[-1:]
         if run.returncode and re.search("HTTP Error 429|not a bot|rate.limit", run.stderr):
             cure = "wait some hours, then give the same command: it goes on"
@@ -214,7 +216,7 @@ def mean_difference(x):
 
 def transitions(thumbs, chunk=4096, margin=64):
     """[(end of a shot, begin of the next)], frame numbers, of thumbnails (M, 24, 24, 3) uint8:
-    equal at a cut, apart at a dissolve. Long films go in chunks."""
+    equal at a cut, apart at a dissolve. Chunks bound the memory of long films."""
     found = []
     for first in range(0, len(thumbs), chunk):
         start = max(0, first - margin)
@@ -399,7 +401,8 @@ def split_track(start, points, others, shape, fps, a):
 
 
 def frame_face(candidate, points, others, shape, fps, a):
-    """The reason to leave a candidate out, or None; adds its square and the face's size in it."""
+    """Why a candidate is left out, or None; adds its square and the face's size in it. Paper 3.3:
+    "stable detections larger than 400 pixels in segments longer than 2 seconds"."""
     if len(points) / fps <= a.min_seconds:
         return f"face for {a.min_seconds:g} s or less"
     if len(points) / fps > LONGEST:
@@ -472,7 +475,6 @@ def detect(source, a):
 # --------------------------------------------------------------------------------------------------
 # validate, write
 
-
 get_landmarker = functools.cache(data.FaceLandmarker)
 
 
@@ -540,7 +542,7 @@ def another_scene(c, a):
 
 
 def drop_entries(source, out):
-    """Entries about a video of OUT/drop.txt, which every --drop adds to."""
+    """The entries about a video in OUT/drop.txt, which every --drop adds to."""
     path = out / "drop.txt"
     names = {source.name, source.path.stem, source.path.name, source.identity}
     entries = read_entries(path) if path.exists() else ()
@@ -607,7 +609,7 @@ def stage_file(stage, source, a):
 
 
 def read_stage(path):
-    """The content of a stage's file; None where it is missing or torn."""
+    """A stage's file; None where it is missing or torn."""
     with contextlib.suppress(OSError, UserError):
         return data.read_json(path, ["key", "candidates", "video", "identity", "path"])
 
@@ -621,7 +623,7 @@ def list_done(stage, a):
 
 
 def stage_key(stage, source, a):
-    """What a stage's result depends on: settings, and the video or the stage before."""
+    """What a result depends on: settings, and the video or the stage before."""
     _, before, settings = STAGES[stage]
     key = {k: str(getattr(a, k)) for k in settings}
     if stage == "detect":
@@ -646,18 +648,18 @@ def is_done(stage, source, a):
 
 
 def make_candidates(stage, source, a):
-    """(candidates of a video, whether they are final: else the next run tries again), in the worker
-    process. UserError where the machine or the weights are at fault."""
+    """(candidates of a video, whether they are final: else the next run tries again). UserError
+    where the machine or the weights are at fault."""
     torch.set_num_threads(1)
     function, before, _ = STAGES[stage]
     try:
         inputs = [read_stage(stage_file(before, source, a))["candidates"]] if before else []
         return function(source, a, *inputs), True
     except Exception as e:  # whatever goes wrong with a video, the rest goes on
-        if not source.path.exists():
-            return rejection(str(e)), False
-        reason = data.blame(e, source.path).replace(str(source.path), source.path.name)
-        return rejection(reason), isinstance(e, UserError | av.FFmpegError)
+        there = source.path.exists()
+        reason = data.blame(e, source.path) if there else str(e)
+        reason = reason.replace(str(source.path), source.path.name)
+        return rejection(reason), there and isinstance(e, UserError | av.FFmpegError)
 
 
 @functools.cache
@@ -668,7 +670,7 @@ def worker():
 
 
 def attempt(stage, source, a):
-    """`make_candidates`; the next run tries again also after a crash."""
+    """`make_candidates`, in the worker process; a crash is not final either."""
     for _ in range(2):
         with contextlib.suppress(concurrent.futures.BrokenExecutor):
             return worker().submit(make_candidates, stage, source, a).result()
@@ -709,8 +711,8 @@ def run_stage(stage, sources, a):
 # What came of it
 
 
-def save_histograms(path, values, lines={}):
-    """A picture of a histogram each of {title: values}, some with a line."""
+def save_histograms(path, values, lines):
+    """A picture with a histogram of each of {title: values}, and a line at {title: value}."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(values), figsize=(4 * len(values), 3), squeeze=False)
@@ -729,10 +731,10 @@ def histogram(a):
     for name, title in COSINES.items():
         cosines = [c[f"{name}_cosine"] for c in candidates if f"{name}_cosine" in c]
         if cosines:
-            title = f"smallest {title} cosine"
             values[title], thresholds[title] = cosines, getattr(a, f"min_{name}")
             low = ", ".join(f"{v:.3f}" for v in np.percentile(cosines, [1, 5, 25, 50]))
-            print(f"{title}, percentiles 1, 5, 25, 50: {low}; threshold {thresholds[title]:g}")
+            title = f"smallest {title} cosine, percentiles 1, 5, 25, 50"
+            print(f"{title}: {low}; threshold {getattr(a, f'min_{name}'):g}")
     if values:
         save_histograms(a.out / "histogram.png", values, thresholds)
 
@@ -773,7 +775,7 @@ def stats(a):
         "face height": [c["face"][1] for c in clips],
     }
     values = {title: v for title, v in values.items() if v}
-    save_histograms(a.out / "stats.png", values)
+    save_histograms(a.out / "stats.png", values, {})
     print(f"{len(clips)} clips, {sum(values['duration']) / 3600:.2f} hours\n")
     print("| | mean | standard deviation | the paper |\n|---|---|---|---|")
     for title, v in values.items():
