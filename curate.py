@@ -46,13 +46,6 @@ SAMPLES = 5  # sampled frames a second
 LONGEST = 10  # seconds a clip (paper B, Fig. 10, ends there)
 SPLITS = "train", "test"
 COSINES = dict(clip="CLIP", arcface="ArcFace")
-PAPER = {  # mean, standard deviation (paper B, Figs. 10 to 13)
-    "duration": (3.29, 2.07),
-    "hyperiqa": (51.5, 10.72),
-    "resolution": (745.1, 247.8),
-    "face width": (0.45, 0.05),
-    "face height": (0.53, 0.07),
-}
 
 
 def read_entries(path):
@@ -341,12 +334,12 @@ def link_faces(samples):
     return sorted(done + tracks)
 
 
-def extent(track, others, shot, step):
+def extent(track, tracks, shot, step):
     """(begin, end) of the frames that a track may cover: less than `step` beyond its samples,
     within its shot, and not where another track takes over the same face."""
     (first, first_box), (last, last_box) = track[0], track[-1]
     begin, end = max(shot[0], first - step + 1), min(shot[1], last + step)
-    for other in others:
+    for other in tracks:
         (start, start_box), (stop, stop_box) = other[0], other[-1]
         if last < start <= end and overlap(last_box, start_box) > 0.1:
             end = start
@@ -359,11 +352,11 @@ def nearest_box(track, frame):
     return min(track, key=lambda sample: abs(sample[0] - frame))[1]
 
 
-def track_landmarks(video, parts, landmarker):
+def track_landmarks(video, extents, landmarker):
     """[(M', 478, 3)] landmarks, NaN where not found, of all frames of [(begin, end, track)]."""
-    points = [np.full((end - begin, LANDMARKS, 3), np.nan, np.float32) for begin, end, _ in parts]
-    for f, image in enumerate(video if parts else ()):
-        for (begin, end, track), found in zip(parts, points):
+    points = [np.full((end - begin, LANDMARKS, 3), np.nan, "f4") for begin, end, _ in extents]
+    for f, image in enumerate(video if extents else ()):
+        for (begin, end, track), found in zip(extents, points):
             if not begin <= f < end:
                 continue
             x0, y0, x1, y1 = box = nearest_box(track, f)
@@ -378,16 +371,16 @@ def track_landmarks(video, parts, landmarker):
 TOO_LONG, LEAVES = "too long", "face moves out of its square"
 
 
-def split_track(start, points, others, shape, fps, a):
+def split_track(start, points, track, samples, shape, fps, a):
     """Candidates [dict(start, end, square, face, reason)] of landmarks (M, 478, 3) from frame
     `start`, trimmed to frames with a face, split evenly above LONGEST, halved while the face leaves
-    its square. `others`: {frame: boxes of other faces}."""
+    its square."""
     found = np.flatnonzero(~np.isnan(points[:, 0, 0]))
     if not len(found):
         return []
     start, points = int(start + found[0]), points[found[0] : found[-1] + 1]
     candidate = dict(start=start, end=start + len(points), square=None, face=None)
-    reason = frame_face(candidate, points, others, shape, fps, a)
+    reason = frame_face(candidate, points, track, samples, shape, fps, a)
 
     count = 1
     if reason == TOO_LONG:
@@ -396,11 +389,14 @@ def split_track(start, points, others, shape, fps, a):
         count = 2
     if count == 1:
         return [candidate | dict(reason=reason)]
-    parts = np.array_split(np.arange(len(points)), count)
-    return [c for p in parts for c in split_track(start + p[0], points[p], others, shape, fps, a)]
+    candidates = []
+    for part in np.array_split(points, count):
+        candidates += split_track(start, part, track, samples, shape, fps, a)
+        start += len(part)
+    return candidates
 
 
-def frame_face(candidate, points, others, shape, fps, a):
+def frame_face(candidate, points, track, samples, shape, fps, a):
     """Why a candidate is left out, or None; adds its square and the face's size in it. Paper 3.3:
     "stable detections larger than 400 pixels in segments longer than 2 seconds"."""
     if len(points) / fps <= a.min_seconds:
@@ -425,8 +421,11 @@ def frame_face(candidate, points, others, shape, fps, a):
     if (boxes < edges)[:, :2].any() or (boxes > edges)[:, 2:].any():
         return LEAVES
 
-    here = others.keys() & range(candidate["start"], candidate["end"])
-    crowded = [any(overlap(box, edges) > 0.02 for box in others[f]) for f in here]
+    crowded = []
+    for f in samples.keys() & range(candidate["start"], candidate["end"]):
+        face = nearest_box(track, f)
+        others = [box for box in samples[f] if overlap(box, face) < 0.3]
+        crowded.append(any(overlap(box, edges) > 0.02 for box in others))
     if np.mean(crowded or [0]) > 0.2:
         return "another face in its square"
     if np.nanstd(points / side, 0).mean() < 5e-4:
@@ -447,25 +446,19 @@ def detect(source, a):
         inside = {f: boxes for f, boxes in samples.items() if begin <= f < end}
         tracks += [(track, (begin, end)) for track in link_faces(inside)]
 
-    # Their frames
-    parts = []
-    for track, shot in tracks:
-        others = [other for other, _ in tracks if other is not track]
-        if len(track) > 1:
-            parts.append((*extent(track, others, shot, sample_step(fps)), track))
+    # Landmarks of all frames that a track may cover
+    step, all_tracks = sample_step(fps), [track for track, _ in tracks]
+    extents = [(*extent(t, all_tracks, shot, step), t) for t, shot in tracks if len(t) > 1]
+    landmarks = track_landmarks(video, extents, landmarker)
 
     candidates = []
-    for (begin, end, track), points in zip(parts, track_landmarks(video, parts, landmarker)):
-        others = {}
-        for f in samples.keys() & range(begin, end):
-            face = nearest_box(track, f)
-            others[f] = [box for box in samples[f] if overlap(box, face) < 0.3]
+    for (begin, end, track), points in zip(extents, landmarks):
         for since, until, box in spans:
             low, high = max(begin, math.ceil(since * fps)), int(min(end, until * fps))
             listed = not box or overlap(np.multiply(box, (w, h, w, h)), track[0][1]) >= 0.1
             if low < high and listed:
                 part = points[low - begin : high - begin]
-                candidates += split_track(low, part, others, (h, w), fps, a)
+                candidates += split_track(low, part, track, samples, (h, w), fps, a)
 
     about = dict(fps=str(fps), height=h, width=w)
     nobody = rejection("no face for two looks in a row", len(thumbs))
@@ -767,19 +760,19 @@ def stats(a):
     if not clips:
         raise UserError(f"no clip was kept in {a.out}; {path} says why")
 
-    values = {
-        "duration": [(c["end"] - c["start"]) / float(Fraction(c["fps"])) for c in clips],
-        "hyperiqa": [c["hyperiqa"] for c in clips if "hyperiqa" in c],
-        "resolution": [c["square"][2] for c in clips],
-        "face width": [c["face"][0] for c in clips],
-        "face height": [c["face"][1] for c in clips],
-    }
-    values = {title: v for title, v in values.items() if v}
-    save_histograms(a.out / "stats.png", values, {})
-    print(f"{len(clips)} clips, {sum(values['duration']) / 3600:.2f} hours\n")
+    duration = [(c["end"] - c["start"]) / float(Fraction(c["fps"])) for c in clips]
+    rows = [  # and the paper's mean and standard deviation
+        ("duration", duration, 3.29, 2.07),
+        ("hyperiqa", [c["hyperiqa"] for c in clips if "hyperiqa" in c], 51.5, 10.72),
+        ("resolution", [c["square"][2] for c in clips], 745.1, 247.8),
+        ("face width", [c["face"][0] for c in clips], 0.45, 0.05),
+        ("face height", [c["face"][1] for c in clips], 0.53, 0.07),
+    ]
+    rows = [row for row in rows if row[1]]
+    save_histograms(a.out / "stats.png", {title: values for title, values, *_ in rows}, {})
+    print(f"{len(clips)} clips, {sum(duration) / 3600:.2f} hours\n")
     print("| | mean | standard deviation | the paper |\n|---|---|---|---|")
-    for title, v in values.items():
-        mean, deviation = PAPER[title]
+    for title, v, mean, deviation in rows:
         print(f"| {title} | {np.mean(v):.2f} | {np.std(v):.2f} | {mean:g} ± {deviation:g} |")
 
 
@@ -810,13 +803,13 @@ def arguments():
 
 def check_weights(a):
     """Name missing files before the work."""
+    import evaluate
+
     if data.fetch(a.clip).resolve().parent == data.DEMO:
         only = "the bundled CLIP has seen rendered faces only"
         print(f"note: {only}; for real ones give --clip ViT-L-14")
     for folder, name in (a.arcface, "w600k_r50.onnx"), (a.hyperiqa, "koniq_pretrained.pkl"):
         if folder:
-            import evaluate
-
             evaluate.find_weights(name, folder)
 
 
