@@ -9,7 +9,7 @@
     torchrun --nproc_per_node=8 curate.py detect VIDEOS --out clips   # the work shared
 
 After torchrun, give the same command without it for the histogram or the manifest. Where VIDEOS
-holds celebvhq_info.json or VFHQ's Clip+ID+...txt, only what these list is used.
+holds celebvhq_info.json or VFHQ's Clip+ID+...txt, only what they list is used.
 """
 
 import concurrent.futures
@@ -139,7 +139,7 @@ def list_sources(folder, out):
 
 
 # --------------------------------------------------------------------------------------------------
-# search: the paper's first step, by the program yt-dlp
+# search (paper 3.3: top 20 results a query, 720p at least), by the program yt-dlp
 
 YT_DLP = """-c --write-info-json --no-write-playlist-metafiles -t sleep --retry-sleep exp=1:120
     --match-filters 'height>=?720 & !is_live & duration<3600'
@@ -198,7 +198,7 @@ def search(a):
 
 
 # --------------------------------------------------------------------------------------------------
-# detect: shots of a film, from thumbnails x (M, 24, 24, 3)
+# detect: shots, from thumbnails x (M, 24, 24, 3); paper silent on how clips are kept within them
 
 CUT, JUMP, DISSOLVE = 25, 8, 20  # mean differences, of 255
 
@@ -320,8 +320,9 @@ def link_faces(samples):
         for track in tracks:
             last, before = track[-1]
             box = max(boxes, key=lambda box: overlap(box, before), default=(0, 0, 0, 0))
-            if overlap(box, before) < 0.3:  # may be missed once
-                (going if last == previous else done).append(track)
+            if overlap(box, before) < 0.3:
+                missed_once = last == previous
+                (going if missed_once else done).append(track)
                 continue
 
             boxes.remove(box)
@@ -466,7 +467,7 @@ def detect(source, a):
 
 
 # --------------------------------------------------------------------------------------------------
-# validate, write
+# validate (paper 3.3: "maximum ArcFace and CLIP distances from the first frame"), write
 
 get_landmarker = functools.cache(data.FaceLandmarker)
 
@@ -499,8 +500,8 @@ def crops(source, candidates, size, sampled=False):
 
 @torch.no_grad()
 def validate(source, a, candidates):
-    """Every candidate with its smallest CLIP (and ArcFace) cosine to its first frame (paper: "max
-    ArcFace and CLIP distance from frame 1"). `write` applies the thresholds."""
+    """Every candidate with its smallest CLIP (and ArcFace) cosine to its first frame. `write`
+    applies the thresholds, on which the paper is silent."""
     encoder, arcface, hyperiqa = get_networks(a.clip, a.arcface, a.hyperiqa)
     measured = [defaultdict(list) for _ in candidates]
     for i, _, image in crops(source, candidates, 256, sampled=True):
