@@ -327,7 +327,7 @@ def test_a_clip_that_was_torn_is_written_again(tmp_path):
     clip.parent.mkdir()
     clip.write_bytes(b"whole")
     (tmp_path / "write").mkdir()
-    found = dict(video="v.mp4", identity="v", path=str(source.path), key=curate.stage_key(a, "write", source),
+    found = dict(video="v.mp4", identity="v", path=str(source.path), key=curate.stage_key("write", source, a),
                  candidates=[dict(reason=None, clip=f"train/{clip.name}", bytes=5)])
     (tmp_path / "write" / f"{source.key}.json").write_text(json.dumps(found))
     assert curate.is_done("write", source, a)
