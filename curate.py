@@ -859,7 +859,7 @@ def run_stages(a, sources, alone):
         if folder:
             import evaluate
 
-            evaluate.find_weights(name, folder)
+            evaluate.find_network(name, folder)
     if a.drop:
         path = a.out / "drop.txt"
         data.write_text(path, "\n".join(sorted(read_drop(path) | read_drop(a.drop))) + "\n")
