@@ -73,6 +73,7 @@ def motions(points):
     def gap(a, b, axes=2):
         return np.linalg.norm(points[:, a, :axes] - points[:, b, :axes], axis=-1)
 
+    # from eye to eye, from brow to chin
     across, down = points[:, 263] - points[:, 33], points[:, 152] - points[:, 10]
     unit = gap(33, 263, 3)
     irises = points[:, 468] + points[:, 473]
@@ -450,9 +451,7 @@ def read_case(files, models, M, seed):
     return Case(source, np.stack(driving), tracked.landmarks[chosen], *known)
 
 
-@functools.cache
-def load_models(path):
-    return sample.load_models(path)
+load_models = functools.cache(sample.load_models)
 
 
 def sampling(a, number=0, **changes):
@@ -653,7 +652,7 @@ PAPER = {  # of its XL model on its own clips, same and cross identity
 
 
 # Digits of the metrics in the table, where it is not one
-DIGITS = {"CSIM": 3, "Self-CSIM": 3, "SSIM": 2, "mouth: error, share of the eyes' distance": 3}
+DIGITS = {"CSIM": 3, "Self-CSIM": 3, "SSIM": 2, "mouth: error, fraction of the eyes' distance": 3}
 DIGITS |= {f"{k}: correlation": 2 for k in ("yaw", "mouth", "eyes")}
 
 
@@ -680,7 +679,9 @@ def clip_metrics(r):
         values[f"{k}: correlation"] = correlation(here[k], there[k])
     for k in ("yaw", "pitch", "roll"):
         values[f"{k}: error, degrees"] = np.degrees(abs(here[k] - there[k]).mean())
-    values["mouth: error, share of the eyes' distance"] = abs(here["mouth"] - there["mouth"]).mean()
+    values["mouth: error, fraction of the eyes' distance"] = abs(
+        here["mouth"] - there["mouth"]
+    ).mean()
     return values
 
 
