@@ -1,8 +1,4 @@
-"""The model: sDiT, the diffusion transformer for short sequences of frames, and the autoencoder of
-its latents.
-
-The networks, their files, and what every script needs (`run_main`, `fetch`); no video, no sampling
-loop. Read it in this order:
+"""sDiT, the diffusion transformer for short sequences of frames, and its autoencoder.
 
     SDiTConfig, make_config     the sizes, "XL/2" ... "demo"
     Attention, Block, Mapping   the building blocks
@@ -13,7 +9,8 @@ loop. Read it in this order:
 
 Shapes use one alphabet in the whole repository: B rows (sequences in a batch), T frames in a row, N
 tokens of a frame, D width, (C, H, W) the latent of a frame, M frames of a whole video, S width of
-the scene vector, 478 landmarks."""
+the scene vector, 478 landmarks.
+"""
 
 import contextlib
 import dataclasses
@@ -40,7 +37,7 @@ LANDMARK_COMPONENTS = 64  # principal components of them that the mapping networ
 
 
 class UserError(ValueError):
-    """Bad input: a sentence that names the file and the cure. See `run_main`."""
+    """Bad input: a sentence that names the file and the cure. See `data.run_main`."""
 
     def __init__(self, text, code=2):
         super().__init__(text)
@@ -77,7 +74,7 @@ class SDiTConfig:
     clip: str = ""
     clip_sha256: str = ""
     prediction: str = "epsilon"  # or "v", see `SDiT.predict_noise`
-    # mean scene vector of the training set (S numbers): tells train.py its data
+    # mean scene vector of the training set, (S,): tells train.py its data
     scene_mean: list = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
@@ -90,12 +87,9 @@ class SDiTConfig:
         return (self.latent_size // self.patch) ** 2
 
 
-# Depth, width, heads as in DiT, which the paper extends (paper 4.1: "sDiT-XL"; its numbers are
-# DiT-XL's).
+# Depth, width and heads of DiT (paper 4.1 names "sDiT-XL"; its numbers are DiT-XL's)
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-DEMO_SIZE = dict(
-    depth=6, width=160, heads=4, patch=2, latent_channels=6, latent_size=16, scene_width=128
-)
+DEMO_SIZE = dict(depth=6, width=160, heads=4, latent_channels=6, latent_size=16, scene_width=128)
 
 
 def make_config(name, frames=8, **rest):
@@ -103,26 +97,19 @@ def make_config(name, frames=8, **rest):
     "demo"."""
     size, _, patch = name.partition("/")
     if name == "demo":
-        config = SDiTConfig(name=name, frames=frames, **DEMO_SIZE | rest)
+        sizes = DEMO_SIZE
     elif size in SIZES and patch in ("2", "4", "8"):
-        depth, width, heads = SIZES[size]
-        config = SDiTConfig(
-            name=name,
-            depth=depth,
-            width=width,
-            heads=heads,
-            patch=int(patch),
-            frames=frames,
-            **rest,
-        )
+        sizes = dict(zip(("depth", "width", "heads"), SIZES[size]), patch=int(patch))
     else:
-        raise UserError(
-            f"no model size {name!r}; choose demo or one of {', '.join(SIZES)} with /2, /4 or /8, as in XL/2"
-        )
+        known = ", ".join(SIZES)
+        raise UserError(f"no model size {name!r}; choose demo or {known} with /2, /4 or /8: XL/2")
+
+    config = SDiTConfig(name=name, frames=frames, **sizes | rest)
     if config.latent_size % config.patch:
+        side = config.latent_size
         raise UserError(
-            f"patches of {config.patch} do not divide latents of {config.latent_size} x {config.latent_size}; choose another size of "
-            f"patches, or cache clips at another --size"
+            f"patches of {config.patch} do not divide latents of {side} x {side}; choose another "
+            f"size of patches, or cache clips at another --size"
         )
     return config
 
@@ -132,18 +119,15 @@ def make_config(name, frames=8, **rest):
 
 
 def sinusoid(width, positions):
-    """Sine-cosine encoding: (P,) positions -> (P, width), sines in the first half, cosines in the
-    second."""
+    """(P,) positions -> (P, width): sines in the first half, cosines in the second."""
     rate = 1e4 ** (-torch.arange(width // 2, dtype=torch.float64) / (width // 2))
     angle = positions.double()[:, None] * rate
     return torch.cat([angle.sin(), angle.cos()], 1).float()
 
 
 def spatial_encoding(width, side):
-    """Fixed 2-D sine-cosine encoding of a side x side grid, (side * side, width): first half x,
-    second half y.
-
-    The paper is silent; this is DiT's."""
+    """2-D sine-cosine encoding (side * side, width): first half x, second half y (DiT's; paper
+    silent)."""
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     return torch.cat([sinusoid(width // 2, x.flatten()), sinusoid(width // 2, y.flatten())], 1)
 
@@ -153,10 +137,29 @@ def modulate(x, shift, scale):
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
+class AnchorBank:
+    """Keys and values of the anchor in every layer: a key-value cache of one frame (paper 3.2).
+
+    With `slot`, row 0 writes those of its anchor; without, other rows read `kv`, a sequence of
+    tensors (2, 1, heads, N, D / heads), one a layer. Serves one pass through the blocks."""
+
+    def __init__(self, slot=None, kv=()):
+        self.slot, self.written, self.unread = slot, [], iter(kv)
+
+    def update(self, k, v, N):
+        """Keys and values of one layer, (B, heads, TN, d) each, as its queries see them."""
+        if self.slot is not None:
+            anchor = slice(self.slot * N, (self.slot + 1) * N)
+            self.written.append(torch.stack([k[:1, :, anchor], v[:1, :, anchor]]))
+            return k, v
+
+        shared_k, shared_v = next(self.unread).expand(-1, len(k), -1, -1, -1)
+        return torch.cat([k, shared_k], 2), torch.cat([v, shared_v], 2)  # (B, heads, TN + N, d)
+
+
 class Attention(nn.Module):
-    """Joint space-time attention: every token of a row attends to all T * N (paper silent on the
-    scope; 3.2 speaks of tokens that "attend to and align with the anchor tokens", across frames).
-    """
+    """Joint space-time attention: every token of a row attends to all T * N. Paper silent on the
+    scope; in 3.2 tokens "attend to and align with the anchor tokens", across frames."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -164,37 +167,23 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, bank_slot=None, anchor_kv=None):
-        """x (B, T, N, D) -> the same shape, and the keys and values (2, 1, heads, N, D / heads) of
-        slot `bank_slot` in row 0, if one is named. `anchor_kv`, of that shape, is read by every row
-        beside its own keys and values (x then lacks the anchor's slot: T here is one less)."""
+    def forward(self, x, bank=None):
         B, T, N, D = x.shape
 
-        # unbound here, before the transpose: the backward pass then writes the gradient of qkv once
+        # unbound before the transpose: the backward pass then writes the gradient of qkv once
         parts = self.qkv(x).view(B, T * N, 3, self.heads, D // self.heads).unbind(2)
         q, k, v = (z.transpose(1, 2) for z in parts)  # (B, heads, TN, d)
-
-        # of row 0 alone: (2, 1, heads, N, d)
-        banked = (
-            None
-            if bank_slot is None
-            else torch.stack([z[:1, :, bank_slot * N : (bank_slot + 1) * N] for z in (k, v)])
-        )
-        if anchor_kv is not None:  # (B, heads, TN + N, d); the order of keys is of no importance
-            k, v = (
-                torch.cat([own, shared.expand(B, -1, -1, -1)], 2)
-                for own, shared in zip((k, v), anchor_kv)
-            )
+        if bank:
+            k, v = bank.update(k, v, N)
 
         # training on a CPU: the fused kernel's backward pass is slower there than plain products
         if q.requires_grad and q.device.type == "cpu" and q.dtype is torch.bfloat16:
             with torch.autocast("cpu", enabled=False):  # softmax in bfloat16
                 scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, TN, TN)
-                x = scores.softmax(-1) @ v  # (B, heads, TN, d)
+                x = scores.softmax(-1) @ v
         else:
-            x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, TN, d)
-
-        return self.proj(x.transpose(1, 2).reshape(B, T, N, D)), banked
+            x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(B, T, N, D))  # from (B, heads, TN, d)
 
 
 class MLP(nn.Module):
@@ -218,16 +207,12 @@ class Block(nn.Module):
         self.mlp = MLP(width, 4 * width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x, c, bank_slot=None, anchor_kv=None):
-        """Tokens x (B, T, N, D), conditioning plus timestep c (B, T, D); see `Attention.forward`
-        for the rest."""
-        # (B, T, 1, D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = (
-            self.adaLN_modulation(c).unsqueeze(2).chunk(6, -1)
-        )
-        y, banked = self.attn(modulate(x, shift1, scale1), bank_slot, anchor_kv)
-        x = x + gate1 * y
-        return x + gate2 * self.mlp(modulate(x, shift2, scale2)), banked
+    def forward(self, x, c, bank=None):
+        """Tokens x (B, T, N, D); c (B, T, D), the conditioning plus the timestep's embedding."""
+        modulation = self.adaLN_modulation(c).unsqueeze(2)  # (B, T, 1, 6D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, -1)
+        x = x + gate1 * self.attn(modulate(x, shift1, scale1), bank)
+        return x + gate2 * self.mlp(modulate(x, shift2, scale2))
 
 
 class FinalLayer(nn.Module):
@@ -258,11 +243,9 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, timesteps):
-        """(B,) integers -> (B, D). The angles are taken in float32 whatever the precision of the
-        weights."""
-        rate = torch.exp(
-            -math.log(1e4) / 128 * torch.arange(128, dtype=torch.float32, device=timesteps.device)
-        )
+        """(B,) integers -> (B, D); angles in float32 whatever the precision of the weights."""
+        waves = torch.arange(128, dtype=torch.float32, device=timesteps.device)
+        rate = torch.exp(-math.log(1e4) / 128 * waves)
         angle = timesteps.float()[:, None] * rate
         return self.mlp(torch.cat([angle.cos(), angle.sin()], 1).to(self.mlp[0].weight.dtype))
 
@@ -279,13 +262,12 @@ class ResidualMLP(nn.Module):
 
 class Mapping(nn.Module):
     """The mapping network (paper 3.1) mixes the scene and the landmarks into every frame's
-    conditioning. Four residual blocks (paper 4.1). The paper is silent on fusion, width and
-    activation: concatenated, at the transformer's width, pre-norm, GELU.
+    conditioning, by four residual blocks (paper 4.1; silent on fusion, width and activation:
+    concatenated, at the transformer's width, pre-norm, GELU).
 
-    Both signals are normalised by statistics of the training set, which the model file keeps. The
-    landmarks are whitened; eyelids and gaze would else be drowned by the head's movements. The
-    scene is centred, since CLIP vectors of faces are all alike, and scaled to the same total
-    variance."""
+    Both are normalised by statistics of the training set. The landmarks are whitened, else the
+    head's movements drown eyelids and gaze. The scene is centred, since CLIP vectors of faces are
+    alike, and scaled to the same total variance."""
 
     def __init__(self, width, scene_width, blocks=4):
         super().__init__()
@@ -304,11 +286,9 @@ class Mapping(nn.Module):
         self.register_buffer("output_gain", torch.tensor(0.02**2 / 2 * math.sqrt(96 * width)))
 
     def forward(self, scene=None, landmarks=None, drop=None):
-        """scene (B, S), landmarks (B, T, 478, 3), either or both None; `drop` (B,) bool marks rows
-        that lose both.
+        """scene (B, S), landmarks (B, T, 478, 3), or None; `drop` (B,) bool: rows that lose both.
 
-        Returns the conditioning (B, T, D); where the landmarks are None, T is 1, and where both
-        are, B is 1 too."""
+        Returns the conditioning (B, T, D). Without landmarks T is 1, without both B is 1 too."""
         if scene is None:
             scene = self.null_scene[None]
         else:
@@ -319,8 +299,8 @@ class Mapping(nn.Module):
         else:
             # bfloat16 would round small movements away
             with torch.autocast(landmarks.device.type, enabled=False):
-                # (B, T, LANDMARK_COMPONENTS)
-                landmarks = (landmarks - self.landmark_mean).flatten(2) @ self.landmark_basis
+                landmarks = (landmarks - self.landmark_mean).flatten(2)  # (B, T, 1434)
+                landmarks = landmarks @ self.landmark_basis  # (B, T, LANDMARK_COMPONENTS)
 
         if drop is not None:
             scene = torch.where(drop[:, None], self.null_scene, scene)
@@ -337,19 +317,13 @@ class Mapping(nn.Module):
 
 
 def override(x, anchor):
-    """Eq. 3: the anchor slot of every row becomes that of row 0. x (B, T, ...); `anchor` a slot, or
-    None for nothing. Attention stays within a row, so row 0 is what it would be alone, and all
-    other rows read of it, in every layer, nothing but this slot."""
+    """Eq. 3: the anchor's slot of every row becomes that of row 0. x (B, T, ...); `anchor` a slot,
+    or None for no anchoring. Attention stays within a row, so row 0 is what it would be alone, and
+    all other rows read of it, in every layer, nothing but this slot."""
     if anchor is None:
         return x
-    return torch.cat(
-        [
-            x[:, :anchor],
-            x[:1, anchor : anchor + 1].expand_as(x[:, anchor : anchor + 1]),
-            x[:, anchor + 1 :],
-        ],
-        1,
-    )
+    slots = torch.arange(x.shape[1], device=x.device).view(-1, *[1] * (x.dim() - 2))
+    return torch.where(slots == anchor, x[:1], x)
 
 
 class SDiT(nn.Module):
@@ -365,11 +339,8 @@ class SDiT(nn.Module):
         self.final_layer = FinalLayer(D, config.patch**2 * 2 * config.latent_channels)
         position = spatial_encoding(D, config.latent_size // config.patch)
         self.register_buffer("position", position, persistent=False)  # (N, D)
-        # (T, D)
-        self.register_buffer(
-            "time_position", sinusoid(D, torch.arange(config.frames)), persistent=False
-        )
-
+        time_position = sinusoid(D, torch.arange(config.frames))
+        self.register_buffer("time_position", time_position, persistent=False)  # (T, D)
         self.roots = NoiseSchedule(position.device).roots  # no buffer: `to` would round it
         self.initialise()
 
@@ -380,21 +351,21 @@ class SDiT(nn.Module):
         return self
 
     def initialise(self):
-        """All initialisation, in forward order. Paper D: "standard weight initialization techniques
-        from ViT"; read as DiT does it: Xavier, with every block the identity and the output zero at
-        the start."""
+        """Paper D: "standard weight initialization techniques from ViT"; read as in DiT: Xavier,
+        with every block the identity and the output zero at the start."""
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
                 nn.init.zeros_(m.bias)
-        w = self.x_embedder.proj.weight
-        # a linear layer that is written as a convolution
-        nn.init.xavier_uniform_(w.view(w.shape[0], -1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        patches = self.x_embedder.proj  # a linear layer that is written as a convolution
+        nn.init.xavier_uniform_(patches.weight.view(len(patches.weight), -1))
+        nn.init.zeros_(patches.bias)
+
         for i in (0, 2):
             nn.init.normal_(self.t_embedder.mlp[i].weight, std=0.02)
         nn.init.normal_(self.mapping.null_scene, std=0.02)
         nn.init.normal_(self.mapping.null_landmarks, std=0.02)
+
         for m in (*self.blocks, self.final_layer):  # adaLN-Zero
             nn.init.zeros_(m.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
@@ -402,8 +373,8 @@ class SDiT(nn.Module):
     def embed(self, latents, time_position):
         """Tokens (B, T, N, D) of latents (B, T, C, H, W), in slots encoded by time_position (T, D).
 
-        The temporal encoding (paper 3.1: TPE_1 ... TPE_T) is that of the slot, added here, at the
-        input: the paper does not say where, and leaves real time to the conditioning."""
+        The temporal encoding (paper 3.1: TPE_1 ... TPE_T) is that of the slot; real time is left to
+        the conditioning. Paper silent on where: added at the input."""
         position = self.position + time_position[:, None]  # (T, N, D)
         return self.x_embedder(latents.to(position.dtype)) + position
 
@@ -435,16 +406,8 @@ class SDiT(nn.Module):
         row 0's tokens of it after the input embedding and after every block (Eq. 3; "in all layers
         throughout the model architecture"). Returns (B, T, 2C, H, W): the noise, then the learned
         sigma (see `NoiseSchedule.log_variance`)."""
-        latents = override(latents, anchor)  # (B, T, C, H, W)
-
-        # timestep and conditioning are added, as DiT adds its class (the paper does not say how
-        # they meet)
-        c = override(self.t_embedder(timesteps)[:, None] + conditioning, anchor)  # (B, T, D)
         time_position = self.time_position[: latents.shape[1]]  # (T, D)
-        x = override(self.embed(latents, time_position), anchor)  # (B, T, N, D)
-        for block in self.blocks:
-            x = override(block(x, c)[0], anchor)
-        return self.predict_noise(self.unpatchify(self.final_layer(x, c)), latents, timesteps)
+        return self._denoise(latents, timesteps, conditioning, time_position, anchor=anchor)
 
     def forward_first(self, latents, timesteps, conditioning, anchor):
         """`forward` of row 0 alone, (1, T, ...): what it makes of its anchor is what all rows read.
@@ -452,31 +415,33 @@ class SDiT(nn.Module):
         Returns the output (1, T, 2C, H, W) and the keys and values of the anchor in every block,
         (depth, 2, 1, heads, N, D / heads): one step of the anchor bank."""
         time_position = self.time_position[: latents.shape[1]]  # (T, D)
-        return self._forward_bank(latents, timesteps, conditioning, time_position, anchor, None)
+        bank = AnchorBank(anchor)
+        output = self._denoise(latents, timesteps, conditioning, time_position, bank=bank)
+        return output, torch.stack(bank.written)
 
     def forward_rest(self, latents, timesteps, conditioning, anchor, anchor_kv):
-        """`forward` of rows 1.. without their anchors: latents (B, T - 1, C, H, W) -> (.., 2C, H,
-        W).
+        """`forward` of rows 1.. without their anchors: latents (B, T - 1, C, H, W) -> (.., 2C, ..).
 
         What they compute for their anchor is thrown away in every layer. So they need only read its
         keys and values: `anchor_kv`, from `forward_first` at the same timestep."""
-        before, after = (
-            self.time_position[:anchor],
-            self.time_position[anchor + 1 : latents.shape[1] + 1],
-        )
+        T = latents.shape[1] + 1
+        before, after = self.time_position[:anchor], self.time_position[anchor + 1 : T]
         time_position = torch.cat([before, after])  # (T - 1, D)
-        return self._forward_bank(latents, timesteps, conditioning, time_position, None, anchor_kv)[
-            0
-        ]
+        bank = AnchorBank(kv=anchor_kv)
+        return self._denoise(latents, timesteps, conditioning, time_position, bank=bank)
 
-    def _forward_bank(self, latents, timesteps, conditioning, time_position, bank_slot, anchor_kv):
-        c = self.t_embedder(timesteps)[:, None] + conditioning  # (B, T or T - 1, D)
-        x, bank = self.embed(latents, time_position), []  # (B, T or T - 1, N, D)
-        for i, block in enumerate(self.blocks):
-            x, kv = block(x, c, bank_slot, None if anchor_kv is None else anchor_kv[i])
-            bank.append(kv)
-        output = self.predict_noise(self.unpatchify(self.final_layer(x, c)), latents, timesteps)
-        return output, None if bank_slot is None else torch.stack(bank)
+    def _denoise(self, latents, timesteps, conditioning, time_position, anchor=None, bank=None):
+        """The transformer, on frames in slots that are encoded by time_position (T, D)."""
+        latents = override(latents, anchor)  # (B, T, C, H, W)
+
+        # added, as DiT adds its class (paper silent on how timestep and conditioning meet)
+        c = override(self.t_embedder(timesteps)[:, None] + conditioning, anchor)  # (B, T, D)
+        x = override(self.embed(latents, time_position), anchor)  # (B, T, N, D)
+        for block in self.blocks:
+            x = override(block(x, c, bank), anchor)
+
+        output = self.unpatchify(self.final_layer(x, c))  # (B, T, 2C, H, W)
+        return self.predict_noise(output, latents, timesteps)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -485,8 +450,8 @@ class SDiT(nn.Module):
 
 class NoiseSchedule:
     """DiT's process (paper D: "We retain diffusion hyperparameters from DiT, including t_max = 1000
-    and a learned sigma routine"): beta from 1e-4 to 0.02, linear. All attributes are tensors
-    (.., 1000): float64, and float32 on a GPU, which is slow at float64."""
+    and a learned sigma routine"): beta from 1e-4 to 0.02, linear. Its attributes are tensors
+    (.., 1000) in float64, on a GPU in float32."""
 
     steps = 1000
 
@@ -497,8 +462,7 @@ class NoiseSchedule:
         self.beta, self.alpha_bar = beta, alpha_bar
         self.roots = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()])  # of signal and noise
 
-        # q(x_{t-1} | x_t, x_0) = N(mean_x0 * x_0 + mean_xt * x_t, posterior_variance): DDPM, Eq. 6,
-        # 7
+        # q(x_{t-1} | x_t, x_0) = N(mean_x0 x_0 + mean_xt x_t, posterior_variance): DDPM, Eq. 6, 7
         self.posterior_variance = beta * (1 - previous) / (1 - alpha_bar)
         self.posterior_variance[0] = self.posterior_variance[1]  # 0 there has no logarithm
         self.mean_x0 = beta * previous.sqrt() / (1 - alpha_bar)
@@ -530,20 +494,18 @@ class NoiseSchedule:
 
 
 # --------------------------------------------------------------------------------------------------
-# The autoencoder: Stable Diffusion's AutoencoderKL (paper 3.1 and D), by hand, with the names of
-# its published weights
+# The autoencoder: Stable Diffusion's AutoencoderKL (paper 3.1, D), with its published names
 
 
 @dataclass
 class AutoencoderConfig:
     """The defaults are those of sd-vae-ft-mse and sd-vae-ft-ema: 256 pixels -> 4 x 32 x 32."""
 
-    # one level each; every level but the last halves the picture
-    widths: tuple = (128, 256, 512, 512)
+    widths: tuple = (128, 256, 512, 512)  # of the levels; each but the last halves the picture
     layers: int = 2  # residual blocks a level (the decoder has one more)
     latent_channels: int = 4
     groups: int = 32
-    scale: float = 0.18215  # latents are multiplied by it, so that their spread is about 1
+    scale: float = 0.18215  # brings the standard deviation of latents to about 1
 
     @property
     def factor(self):
@@ -574,10 +536,9 @@ class SpatialAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, x):
-        # (B, 1, HW, width): a single head
-        y = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]
-        y = self.to_out[0](F.scaled_dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y)))
-        return x + y[:, 0].transpose(1, 2).view_as(x)
+        y = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # (B, 1, HW, width): one head
+        y = F.scaled_dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y))
+        return x + self.to_out[0](y)[:, 0].transpose(1, 2).view_as(x)
 
 
 class Downsample(nn.Module):
@@ -599,27 +560,33 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then a halving or doubling of it; the names are those of
-    the published files."""
+    """Residual blocks at one resolution, then a halving or doubling of it."""
 
     def __init__(self, inputs, outputs, layers, groups, resample=None):
         super().__init__()
-        self.resnets = nn.ModuleList(
-            [ResnetBlock(outputs if i else inputs, outputs, groups) for i in range(layers)]
-        )
+        widths = [inputs] + [outputs] * layers
+        blocks = [ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:])]
+        self.resnets = nn.ModuleList(blocks)
         if resample is Downsample:
             self.downsamplers = nn.ModuleList([Downsample(outputs)])
         elif resample is Upsample:
             self.upsamplers = nn.ModuleList([Upsample(outputs)])
 
     def forward(self, x):
-        for m in (
-            *self.resnets,
-            *getattr(self, "downsamplers", ()),
-            *getattr(self, "upsamplers", ()),
-        ):
-            x = m(x)
+        for modules in self.children():
+            for m in modules:
+                x = m(x)
         return x
+
+
+def make_levels(widths, layers, groups, resample):
+    """A level of each width; all but the last are followed by `resample`."""
+    inputs = widths[:1] + widths
+    last = len(widths) - 1
+    return nn.ModuleList(
+        Level(inputs[i], width, layers, groups, resample if i < last else None)
+        for i, width in enumerate(widths)
+    )
 
 
 class MidBlock(nn.Module):
@@ -635,52 +602,40 @@ class MidBlock(nn.Module):
 class Encoder(nn.Module):
     def __init__(self, c):
         super().__init__()
-        w, last = c.widths, len(c.widths) - 1
-        self.conv_in = nn.Conv2d(3, w[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            [
-                Level(w[max(i - 1, 0)], w[i], c.layers, c.groups, Downsample if i < last else None)
-                for i in range(len(w))
-            ]
-        )
-        self.mid_block = MidBlock(w[-1], c.groups)
-        self.conv_norm_out = nn.GroupNorm(c.groups, w[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(w[-1], 2 * c.latent_channels, 3, padding=1)
+        first, last = c.widths[0], c.widths[-1]
+        self.conv_in = nn.Conv2d(3, first, 3, padding=1)
+        self.down_blocks = make_levels(c.widths, c.layers, c.groups, Downsample)
+        self.mid_block = MidBlock(last, c.groups)
+        self.conv_norm_out = nn.GroupNorm(c.groups, last, eps=1e-6)
+        self.conv_out = nn.Conv2d(last, 2 * c.latent_channels, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv_in(x)  # (B, w[0], h, w)
+        x = self.conv_in(x)  # (B, first width, h, w)
         for level in self.down_blocks:
-            x = level(x)  # at last (B, w[-1], H, W)
+            x = level(x)  # at last (B, last width, H, W)
         return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
 
 
 class Decoder(nn.Module):
     def __init__(self, c):
         super().__init__()
-        w, last = c.widths[::-1], len(c.widths) - 1
-        self.conv_in = nn.Conv2d(c.latent_channels, w[0], 3, padding=1)
-        self.mid_block = MidBlock(w[0], c.groups)
-        self.up_blocks = nn.ModuleList(
-            [
-                Level(
-                    w[max(i - 1, 0)], w[i], c.layers + 1, c.groups, Upsample if i < last else None
-                )
-                for i in range(len(w))
-            ]
-        )
-        self.conv_norm_out = nn.GroupNorm(c.groups, w[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(w[-1], 3, 3, padding=1)
+        first, last = c.widths[-1], c.widths[0]
+        self.conv_in = nn.Conv2d(c.latent_channels, first, 3, padding=1)
+        self.mid_block = MidBlock(first, c.groups)
+        self.up_blocks = make_levels(c.widths[::-1], c.layers + 1, c.groups, Upsample)
+        self.conv_norm_out = nn.GroupNorm(c.groups, last, eps=1e-6)
+        self.conv_out = nn.Conv2d(last, 3, 3, padding=1)
 
     def forward(self, x):
-        x = self.mid_block(self.conv_in(x))  # (B, w[0], H, W)
+        x = self.mid_block(self.conv_in(x))  # (B, first width, H, W)
         for level in self.up_blocks:
-            x = level(x)  # at last (B, w[-1], h, w)
+            x = level(x)  # at last (B, last width, h, w)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class AutoencoderKL(nn.Module):
-    """Pixels (.., 3, H * f, W * f) in [-1, 1] <-> latents (.., C, H, W) of spread about 1. Nothing
-    outside this class knows the scale of latents."""
+    """Pixels (.., 3, H * f, W * f) in [-1, 1] <-> latents (.., C, H, W) of standard deviation about
+    1. Nothing outside this class knows the scale of latents."""
 
     def __init__(self, config):
         super().__init__()
@@ -690,29 +645,23 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(channels, channels, 1)
 
     def moments(self, images):
-        """images (B, 3, h, w) -> mean and log-variance of the unscaled latents, (B, C, H, W) each;
-        for its training."""
+        """images (B, 3, h, w) -> mean and log-variance (B, C, H, W) of the unscaled latents."""
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, 1)
         return mean, logvar.clamp(-30, 20)
 
     def reconstruct(self, z):
-        """Images of unscaled latents z (B, C, H, W); for its training."""
+        """Images of unscaled latents z (B, C, H, W), for training."""
         return self.decoder(self.post_quant_conv(z))
 
     def encode(self, images):
-        """Latents of images: the mean, not a draw (paper silent; the cache stays deterministic)."""
-        return (
-            self.moments(images.flatten(0, -4))[0].unflatten(0, images.shape[:-3])
-            * self.config.scale
-        )
+        """Latents of images: the mean, not a sample (paper silent; the cache is deterministic)."""
+        mean, _ = self.moments(images.flatten(0, -4))
+        return mean.unflatten(0, images.shape[:-3]) * self.config.scale
 
     def decode(self, latents):
         """Latents (.., C, H, W) -> images (.., 3, h, w) in [-1, 1]."""
-        return (
-            self.reconstruct(latents.flatten(0, -4) / self.config.scale)
-            .unflatten(0, latents.shape[:-3])
-            .clamp(-1, 1)
-        )
+        images = self.reconstruct(latents.flatten(0, -4) / self.config.scale)
+        return images.unflatten(0, latents.shape[:-3]).clamp(-1, 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -751,7 +700,7 @@ def write_tensors(path, tensors, config):
 
 
 def open_tensors(path):
-    """A safetensors file, memory-mapped. The library takes no name that is not UTF-8: a link has one."""
+    """A safetensors file, memory-mapped. Names not in UTF-8, which it refuses, go by a link."""
     with contextlib.ExitStack() as stack:
         if os.fsencode(path) != str(path).encode(errors="replace"):
             link = Path(stack.enter_context(tempfile.TemporaryDirectory()), "link")
@@ -761,8 +710,8 @@ def open_tensors(path):
 
 
 def read_tensors(path):
-    """(tensors, config) of a model file: safetensors (config from its metadata, {} where there is
-    none), or a checkpoint of PyTorch, which is loaded with weights_only=True."""
+    """(tensors, config) of a model file: safetensors, with the config of its metadata, or {}; or a
+    checkpoint of PyTorch, loaded with weights_only=True."""
     if not Path(path).is_file():
         raise UserError(f"no such model file: {path}")
     try:
@@ -776,12 +725,11 @@ def read_tensors(path):
         return tensors, config
     except Exception as e:  # torch raises a dozen kinds for a torn file
         reason = str(e).partition("\n")[0]
-        if (
-            "weights_only" in str(e) or "Unpickl" in type(e).__name__
-        ):  # PyTorch's advice is to load it all the same
-            reason = "it holds more than tensors, or is torn"
+        if "weights_only" in str(e) or "Unpickl" in type(e).__name__:
+            reason = "it holds more than tensors, or is torn"  # PyTorch's advice: load it anyway
         raise UserError(
-            f"{path} is not a whole file of weights, or not of weights alone ({reason}); make or fetch it again"
+            f"{path} is not a whole file of weights, or not of weights alone ({reason}); make or "
+            f"fetch it again"
         ) from None
 
 
@@ -796,48 +744,20 @@ def load_pickle(path):
     return {k: v for k, v in tensors.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
 
 
+def check_fit(model, tensors, path):
+    """UserError where names or shapes of the tensors read from `path` are not the model's."""
+    wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    found = {k: tuple(v.shape) for k, v in tensors.items()}
+    for name in [*wanted, *found]:
+        here, there = found.get(name, "missing"), wanted.get(name, "nothing")
+        if here != there:
+            raise UserError(f"{path} does not fit this network: {name} is {here}, expected {there}")
+
+
 def fill(model, tensors, path):
-    """Give `model` the weights `tensors` read from `path`, in the model's precision; names and
-    shapes must agree."""
+    """Give `model` the weights `tensors` read from `path`, in the model's precision."""
     check_fit(model, tensors, path)
     model.load_state_dict(tensors)
-    return model
-
-
-def check_fit(model, tensors, path):
-    for name, parameter in model.state_dict().items():
-        shape = getattr(tensors.get(name), "shape", None)
-        if shape != parameter.shape:
-            found = "is missing" if shape is None else f"is {tuple(shape)}"
-            raise UserError(
-                f"{path} does not fit this network: {name} {found}, expected {tuple(parameter.shape)}"
-            )
-    extra = sorted(set(tensors) - set(model.state_dict()))
-    if extra:
-        raise UserError(
-            f"{path} does not fit this network: it has {extra[0]}, which the network lacks"
-        )
-
-
-def save_model(path, model, dtype=torch.float32):
-    """Save an SDiT or an AutoencoderKL with its configuration."""
-    write_tensors(
-        path,
-        {k: v.to(dtype) for k, v in model.state_dict().items()},
-        dataclasses.asdict(model.config),
-    )
-
-
-def _load(path, device, network, config_class):
-    tensors, config = read_tensors(path)
-    fields = {f.name for f in dataclasses.fields(config_class)}
-    if set(config) | fields & {"prediction"} != fields:  # older files lack it
-        raise UserError(
-            f"{path} is not a file of the {network.__name__}: its metadata does not hold that network's configuration"
-            + "; of a training run, give model.safetensors" * (Path(path).suffix == ".pt")
-        )
-    model = build(lambda: network(check_config(config_class, config, path)), tensors, path)
-    return model.to(device).eval().requires_grad_(False)
 
 
 def build(network, tensors, path):
@@ -847,23 +767,23 @@ def build(network, tensors, path):
         with torch.device("meta"):
             outline = network()
     except (ValueError, RuntimeError, ArithmeticError, AssertionError, TypeError) as e:
-        raise UserError(
-            f"{path} is not a model of ours: its sizes do not go together ({e})"
-        ) from None
+        reason = f"{path} is not a model of ours: its sizes do not go together ({e})"
+        raise UserError(reason) from None
     check_fit(outline, tensors, path)
-    return fill(network(), tensors, path)
+    model = network()
+    model.load_state_dict(tensors)
+    return model
 
 
+# The largest sizes of a configuration that are believed; 2**16 for others
 LARGEST = dict(depth=1000, layers=1000, latent_size=256, latent_channels=1024, frames=10_000)
 
 
 def is_like(value, like, name=""):
-    """Whether a configuration in a file has known names, with values of the kind of those in `like`
-    and of a size that a network can have."""
+    """Whether a file's configuration has the names of `like`, with values of such kinds, sizes."""
     if isinstance(like, dict):
-        return isinstance(value, dict) and all(
-            k in like and is_like(v, like[k], k) for k, v in value.items()
-        )
+        known = isinstance(value, dict) and set(value) <= set(like)
+        return known and all(is_like(v, like[k], k) for k, v in value.items())
     if isinstance(like, list | tuple):
         first = like[0] if like else 1.0
         return isinstance(value, list | tuple) and all(is_like(v, first, name) for v in value)
@@ -875,7 +795,7 @@ def is_like(value, like, name=""):
 
 
 def check_config(config_class, config, path):
-    """The configuration of a file, of known kinds and sizes."""
+    """The configuration in a file, of known kinds and sizes."""
     good = is_like(config, vars(config_class()))
     config = config_class(**config)
     if good and config_class is SDiTConfig:
@@ -887,63 +807,77 @@ def check_config(config_class, config, path):
     return config
 
 
+def save_model(path, model, dtype=torch.float32):
+    """Save an SDiT or an AutoencoderKL with its configuration."""
+    tensors = {k: v.to(dtype) for k, v in model.state_dict().items()}
+    write_tensors(path, tensors, dataclasses.asdict(model.config))
+
+
+def _load(path, device, network, config_class):
+    tensors, config = read_tensors(path)
+    fields = {f.name for f in dataclasses.fields(config_class)}
+    if set(config) | fields & {"prediction"} != fields:  # older files lack it
+        cure = "; of a training run, give model.safetensors" if Path(path).suffix == ".pt" else ""
+        raise UserError(
+            f"{path} is not a file of the {network.__name__}: its metadata does not hold that "
+            f"network's configuration{cure}"
+        )
+    model = build(lambda: network(check_config(config_class, config, path)), tensors, path)
+    return model.to(device).eval().requires_grad_(False)
+
+
 def load_model(path, device="cpu"):
     """The SDiT of a model file, float32, in evaluation mode."""
     return _load(path, device, SDiT, SDiTConfig)
 
 
 def load_autoencoder(path, device="cpu"):
-    """The AutoencoderKL of a model file, frozen (paper 3.1): ours, or a published one (Stable
-    Diffusion's, any layout)."""
+    """The frozen AutoencoderKL (paper 3.1) of a file: ours, or a published one (Stable Diffusion's,
+    in any layout)."""
     tensors, config = read_tensors(path)
     if config:
-        return _load(path, device, AutoencoderKL, AutoencoderConfig).to(
-            memory_format=torch.channels_last
-        )
+        model = _load(path, device, AutoencoderKL, AutoencoderConfig)
+        return model.to(memory_format=torch.channels_last)
+
     tensors = {diffusers_name(k): v for k, v in tensors.items() if not k.startswith(FOREIGN)}
-    # 1 x 1 convolutions there
-    tensors = {
-        k: v.flatten(1) if "attentions" in k and v.dim() == 4 else v for k, v in tensors.items()
-    }
+    for name, value in tensors.items():
+        if "attentions" in name and value.dim() == 4:  # 1 x 1 convolutions there
+            tensors[name] = value.flatten(1)
     model = build(lambda: AutoencoderKL(AutoencoderConfig()), tensors, path)
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-# What else is in whole Stable Diffusion checkpoints and in training checkpoints of the autoencoder.
-FOREIGN = (
-    "model.diffusion_model.",
-    "model_ema.",
-    "cond_stage_model.",
-    "loss.",
-    "betas",
-    "alphas_",
-    "sqrt_",
-    "log_one_",
-    "posterior_",
+# What else is in whole Stable Diffusion checkpoints and in training checkpoints of the autoencoder
+FOREIGN = tuple(
+    "model.diffusion_model. model_ema. cond_stage_model. loss. betas alphas_ sqrt_ log_one_ "
+    "posterior_".split()
 )
+# Names in the original code (kl-f8) and in diffusers before 0.15 -> diffusers' and ours
+RENAMED = {
+    r"^first_stage_model\.": "",
+    r"encoder\.down\.": "encoder.down_blocks.",
+    r"decoder\.up\.": "decoder.up_blocks.",
+    r"\.block\.(\d)": r".resnets.\1",
+    r"nin_shortcut": "conv_shortcut",
+    r"\.downsample\.": ".downsamplers.0.",
+    r"\.upsample\.": ".upsamplers.0.",
+    r"mid\.block_1": "mid_block.resnets.0",
+    r"mid\.block_2": "mid_block.resnets.1",
+    r"mid\.attn_1\.norm": "mid_block.attentions.0.group_norm",
+    r"mid\.attn_1": "mid_block.attentions.0",
+    r"coder\.norm_out": "coder.conv_norm_out",
+    r"(attentions\.0)\.(q|k|v)\.": r"\1.to_\2.",
+    r"(attentions\.0)\.query\.": r"\1.to_q.",
+    r"(attentions\.0)\.key\.": r"\1.to_k.",
+    r"(attentions\.0)\.value\.": r"\1.to_v.",
+    r"(attentions\.0)\.(?:proj_out|proj_attn)\.": r"\1.to_out.0.",
+}
 
 
 def diffusers_name(name):
-    """Name in the diffusers layout, ours, of a tensor in that of the original code (kl-f8) or of
-    diffusers before 0.15."""
-    name = name.removeprefix("first_stage_model.")
-    # counted from the other end
-    name = re.sub(r"decoder\.up\.(\d)", lambda m: f"decoder.up_blocks.{3 - int(m[1])}", name)
-    for old, new in (
-        (r"encoder\.down\.", "encoder.down_blocks."),
-        (r"\.block\.(\d)", r".resnets.\1"),
-        (r"nin_shortcut", "conv_shortcut"),
-        (r"\.downsample\.", ".downsamplers.0."),
-        (r"\.upsample\.", ".upsamplers.0."),
-        (r"mid\.block_1", "mid_block.resnets.0"),
-        (r"mid\.block_2", "mid_block.resnets.1"),
-        (r"mid\.attn_1\.norm", "mid_block.attentions.0.group_norm"),
-        (r"mid\.attn_1", "mid_block.attentions.0"),
-        (r"coder\.norm_out", "coder.conv_norm_out"),
-        (r"(attentions\.0)\.(?:q|query)\.", r"\1.to_q."),
-        (r"(attentions\.0)\.(?:k|key)\.", r"\1.to_k."),
-        (r"(attentions\.0)\.(?:v|value)\.", r"\1.to_v."),
-        (r"(attentions\.0)\.(?:proj_out|proj_attn)\.", r"\1.to_out.0."),
-    ):
+    """A tensor's name in the layout of diffusers, which is ours."""
+    # the original code counts the decoder's levels from the other end
+    name = re.sub(r"(decoder\.up)\.(\d)", lambda m: f"{m[1]}.{3 - int(m[2])}", name)
+    for old, new in RENAMED.items():
         name = re.sub(old, new, name)
     return name
