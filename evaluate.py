@@ -110,8 +110,8 @@ def csim(source, made):
 
 
 def self_csim(made, driving):
-    """Difference of the smallest cosine to the first frame in two videos (M, S); 0 is best. Paper
-    silent on the pairs of frames."""
+    """Difference of the smallest cosine to the first frame in two videos (M, S); 0 is best (paper
+    silent on the pairs of frames)."""
     return abs(csim(made[0], made) - csim(driving[0], driving))
 
 
@@ -294,13 +294,14 @@ def load_hyperiqa(folder, device="cpu"):
     return functools.partial(hyperiqa, net)
 
 
-# Eyes, nose and corners of the mouth in ArcFace's input
-ARCFACE_POINTS = [(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366)]
-ARCFACE_TEMPLATE = np.array([*ARCFACE_POINTS, (41.5493, 92.3655), (70.7299, 92.2041)])
+# ArcFace's input has these points here
+ARCFACE_EYES = (38.2946, 51.6963), (73.5318, 51.5014)
+ARCFACE_MOUTH = (41.5493, 92.3655), (70.7299, 92.2041)
+ARCFACE_TEMPLATE = np.array([*ARCFACE_EYES, (56.0252, 71.7366), *ARCFACE_MOUTH])
 
 
 def arcface_points(points):
-    """ArcFace's five points (5, 2) of landmarks (478, 3)."""
+    """Eyes, nose and corners of the mouth (5, 2) of landmarks (478, 3)."""
     eyes = points[[33, 133]].mean(0), points[[362, 263]].mean(0)
     return np.stack([*eyes, points[4], points[61], points[291]])[:, :2]
 
@@ -545,17 +546,17 @@ def measure_all(a, key, files, measure):
     return found
 
 
-def measure_videos(a, title, files, M, nets={}, plan=lambda number: None, **settings):
+def measure_videos(a, title, files, M, nets={}, plan=None, **settings):
     """{name: what `measure_case` returns} of the results in `files` {name: Files}, or of what our
-    model makes with `settings`. plan(number of the clip): instead of sample.plan_rows."""
+    model makes with `settings`. plan(number of the clip): in place of sample.plan_rows."""
     models = load_models(a.model)
 
     def measure(number, name):
         case = read_case(files[name], models, M, [a.seed, number])
         made = case.result
         if made is None:
-            ours = sampling(a, number, **settings)
-            made = sample_images(models, case.source, case.landmarks, ours, plan(number))
+            ours, rows = sampling(a, number, **settings), plan and plan(number)
+            made = sample_images(models, case.source, case.landmarks, ours, rows)
         return measure_case(case, made, models, nets)
 
     chosen = dataclasses.astuple(sampling(a, **settings))
@@ -705,8 +706,8 @@ def table_column(results):
     # Of each clip
     clips = [clip_metrics(r) for r in results]
     for metric in dict.fromkeys(k for values in clips for k in values):
-        values = [values[metric] for values in clips if metric in values]
-        column[metric] = with_interval(values, DIGITS.get(metric, 1))
+        known = [values[metric] for values in clips if metric in values]
+        column[metric] = with_interval(known, DIGITS.get(metric, 1))
     return column
 
 
@@ -721,8 +722,8 @@ def table1_files(a, same):
 
     if a.videos:
         given = list_videos(a.videos)
-        place = {name: given.get(name, a.videos / f"{name}.mp4") for name in files}
-        files = {name: f._replace(result=place[name]) for name, f in files.items()}
+        for name, f in files.items():
+            files[name] = f._replace(result=given.get(name, a.videos / f"{name}.*"))
         return files, a.videos.resolve().name
     if any(f.result and f.result.exists() for f in files.values()):
         return files, "given"
