@@ -589,6 +589,18 @@ CLIP_KEYS = dict(
 )
 
 
+def is_clip_config(config):
+    """Whether a file's configuration is one of open_clip's, with a vision transformer or a ResNet."""
+    if not {"embed_dim", "vision_cfg", "text_cfg"} <= set(config):
+        return False
+    vision, known = config["vision_cfg"], CLIP_KEYS
+    if isinstance(vision, dict) and isinstance(vision.get("layers"), list):  # of a ResNet
+        known = known | dict(vision_cfg=known["vision_cfg"] | dict(layers=[1]))
+        if len(vision["layers"]) != 4:
+            return False
+    return sdit.is_like(config, known)
+
+
 # In open_clip; its plain ViT-L-14 has another GELU than OpenAI's
 OPENAI_VIT_L14 = "ViT-L-14-quickgelu"
 
@@ -602,8 +614,7 @@ class SceneEncoder:
 
         tensors, config = sdit.read_tensors(path)
         config = config or open_clip.get_model_config(OPENAI_VIT_L14)
-        complete = {"embed_dim", "vision_cfg", "text_cfg"} <= set(config)
-        if not complete or not sdit.is_like(config, CLIP_KEYS):
+        if not is_clip_config(config):
             raise UserError(f"{path} is not a CLIP file: it has no known open_clip configuration")
         model = sdit.build(lambda: open_clip.CLIP(**config), tensors, path)
         self.model = model.to(device).eval().requires_grad_(False)
