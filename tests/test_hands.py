@@ -394,7 +394,7 @@ def test_numbers_that_are_not_finite_make_no_video():
 
 
 def test_small_words(cache, tmp_path, monkeypatch):  # noqa: F811
-    assert evaluate.plus([1.0]) == "1.00" and "±" in evaluate.plus([1.0, 2.0]) and evaluate.plus([]) == "-"
+    assert evaluate.with_interval([1.0]) == "1.00" and "±" in evaluate.with_interval([1.0, 2.0]) and evaluate.with_interval([]) == "-"
     entry = dict(step=1, mse=1, quarters=[1] * 4, bound=1, lr=1, norm=1, rows_per_s=1, tflops=1, mfu=1, memory_gib=1)
     said = [train.log_text(entry | dict(eta_s=days * 86400)) for days in (3, 400)]
     assert " 3 days, 0:00:00 left" in said[0] and " 400 days, 0:00:00 left" in said[1]
