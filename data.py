@@ -17,6 +17,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -419,8 +420,8 @@ def pick_face(faces, number, name):
 def track(frames, landmarker, name, total=None, number=0):
     """The Track of face `number` (0: the largest) of the first frame with a face, followed through
     `frames` (h, w, 3) uint8. After 24 frames without it, the largest face is followed."""
-    missing = np.full((LANDMARKS, 3), np.nan, np.float32)
     points, last, lost, faces = [], None, 0, []
+    missing = np.full((LANDMARKS, 3), np.nan, np.float32)
     silent = total is None or None  # None: where stderr is no terminal
     for image in tqdm(frames, "landmarks", total, unit="frame", leave=False, disable=silent):
         if last is None:
@@ -502,26 +503,22 @@ def sha256(path):
 
 HOME = os.path.expanduser("~")  # still "~" for a user without an entry in passwd
 DOWNLOADS = Path(tempfile.gettempdir() if HOME == "~" else HOME) / ".cache" / "anchored-diffusion"
+VAE, CLIP = "diffusion_pytorch_model.safetensors", "open_clip_model.safetensors"
 # Third-party weights by name: repository, file and revision at huggingface.co, and sha256 if known
 WEIGHTS = {
     "sd-vae-ft-mse": (
         "stabilityai/sd-vae-ft-mse",
-        "diffusion_pytorch_model.safetensors",
+        VAE,
         "31f26fdeee1355a5c34592e401dd41e45d25a493",
         "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
     ),
     "sd-vae-ft-ema": (
         "stabilityai/sd-vae-ft-ema",
-        "diffusion_pytorch_model.safetensors",
+        VAE,
         "f04b2c4b98319346dad8c65879f680b1997b204a",
         None,
     ),
-    "ViT-L-14": (
-        "timm/vit_large_patch14_clip_224.openai",
-        "open_clip_model.safetensors",
-        "main",
-        None,
-    ),
+    "ViT-L-14": ("timm/vit_large_patch14_clip_224.openai", CLIP, "main", None),
 }
 
 
@@ -693,11 +690,11 @@ def video_stream(container):
     """The default video stream, covers and thumbnails left out; None without one."""
     covers = Disposition.attached_pic | Disposition.timed_thumbnails
     streams = [s for s in container.streams.video if not s.disposition & covers]
-    moving = [s for s in streams if s.frames != 1]
-    return default_stream(moving or streams)
+    return default_stream([s for s in streams if s.frames != 1] or streams)
 
 
 def default_stream(streams):
+    """The one that players take, or None."""
     return max(streams, key=lambda s: s.disposition & Disposition.default, default=None)
 
 
@@ -716,8 +713,8 @@ def decode(container, path):
                 count += 1
                 yield frame
     except av.FFmpegError as e:
-        reason = f"{path} cannot be decoded beyond frame {count} ({e.strerror})"
-        raise UserError(f"{reason}; re-encode it")
+        broken = f"cannot be decoded beyond frame {count} ({e.strerror})"
+        raise UserError(f"{path} {broken}; re-encode it")
     if not count:
         raise UserError(f"{path} holds no frame that can be decoded; re-encode it")
 
@@ -765,10 +762,10 @@ class Screen:
             chain += [graph.add("format", "gbrp16le"), graph.add("lut3d", file=table.name)]
 
         a, b, _, c, d = np.frombuffer(rotation, np.int32)[:5] if rotation else (1, 0, 0, 0, 1)
-        turned = abs(b) > abs(a)
-        across, down = (c, b) if turned else (a, d)
-        turns = (turned, "transpose"), (across < 0, "hflip"), (down < 0, "vflip")
-        chain += [graph.add(name) for needed, name in turns if needed]
+        transposed = abs(b) > abs(a)
+        across, down = (c, b) if transposed else (a, d)
+        turns = dict(transpose=transposed, hflip=across < 0, vflip=down < 0)
+        chain += [graph.add(name) for name, needed in turns.items() if needed]
 
         chain += [graph.add("format", "rgb24"), graph.add("buffersink")]
         try:
@@ -783,8 +780,7 @@ class Screen:
 def standard_range(transfer, n=33):
     """A file for FFmpeg's lut3d, from BT.2020 with an HDR `transfer` to BT.709, white at 100 cd/m2:
     what zscale (not in PyAV) and tonemap=mobius:desat=0 do."""
-    v = np.stack(np.meshgrid(*[np.linspace(0, 1, n)] * 3, indexing="ij")[::-1], -1)
-    v = v.reshape(-1, 3)  # red runs fastest
+    v = np.indices((n, n, n))[::-1].reshape(3, -1).T / (n - 1)  # (n**3, 3), red runs fastest
     if transfer == PQ:  # SMPTE ST 2084
         p = v ** (1 / 78.84375)
         light = 100 * (np.maximum(p - 0.8359375, 0) / (18.8515625 - 18.6875 * p)) ** 6.277394636
@@ -811,14 +807,13 @@ GAP = 60  # seconds; a longer step is a clock that was reset
 
 class Video:
     """A video or picture as frames (h, w, 3) uint8 at a constant rate: `fps` (Fraction), `start`
-    (seconds, of the first frame), `len()`. A constant rate is kept, missing frames are repeated; a
-    variable rate is resampled by time to its average. Where the clock is reset (joined recordings),
-    the next frame follows at the usual distance."""
+    (seconds, of the first frame), `len()`. Missing frames are repeated; a variable rate is
+    resampled by time to its average; where the clock is reset (joined recordings), the next frame
+    follows at the usual distance."""
 
     def __init__(self, path):
-        self.path, self.is_picture = path, read_picture(path) is not None
-        version = Path(path).stat()
-        times, rates = read_times(path, version.st_mtime_ns, version.st_size)
+        self.path = path
+        times, rates = read_times(path, changed(Path(path)))
         self.start, M, steps = times[0], len(times), np.diff(times)
 
         # The usual step: the mean of those near the median, since some clocks count milliseconds
@@ -834,14 +829,16 @@ class Video:
         times = np.sort(np.cumsum([0, *np.where(seams, usual, steps)]))
         times -= times[0]
 
-        # Constant rate: one of these rates explains all times
-        timeless = times[-1] < M / 1000
-        steady = next((r for r in rates if abs(r * usual - 1) < 0.02), to_rate(1 / usual))
-        average = rates[0] if timeless else to_rate((M - 1) / times[-1])
         self.repeats = np.ones(M, int)  # how often each frame of the file is shown
+        if times[-1] < M / 1000:  # there is no clock
+            self.fps = rates[0]
+            return
+
+        # Constant rate: one of these rates explains all times
+        steady = next((r for r in rates if abs(r * usual - 1) < 0.02), to_rate(1 / usual))
+        average = to_rate((M - 1) / times[-1])
         for rate in (*rates, steady, average):
-            error = abs(times - np.arange(M) / float(rate)).max()
-            if timeless or error <= 0.6 / rate:
+            if abs(times - np.arange(M) / float(rate)).max() <= 0.6 / rate:
                 self.fps = rate
                 return
 
@@ -875,7 +872,7 @@ def read_frames(path):
 
 
 @functools.lru_cache(256)
-def read_times(path, *version):
+def read_times(path, version):
     """(seconds at which each frame begins, [rates that the file claims]), by decoding: a packet may
     hold no frame. `version` is for the cache."""
     if seconds := [seconds for _, seconds in read_pictures(path)]:
@@ -994,7 +991,7 @@ def write_sound(video, target, way, span=WHOLE):
 def sound_way(video, suffix):
     """How a Video's sound gets into a file with this ending, tried in memory: "copy" where every
     player knows the codec, else "code", else None, with a printed reason."""
-    if video.is_picture:
+    if read_picture(video.path) is not None:
         return None
     with open_video(video.path) as container:
         audio = default_stream(container.streams.audio)
@@ -1027,13 +1024,13 @@ class VideoWriter(ExitStack):
     def __init__(self, path, fps, comment="", sound=None, span=WHOLE):
         super().__init__()
         self.path, self.fps, self.comment = Path(path), Fraction(fps), comment
-        self.sound, self.span = sound, span
+        self.ending, self.sound, self.span = self.path.suffix.lower(), sound, span
         self.stream, self.sound_pieces, self.count = None, (), 0
 
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.temporary = self.enter_context(sdit.atomic(self.path))
-        if self.path.suffix.lower() == ".png":
+        if self.ending == ".png":
             return self
         try:  # without bitexact, .mkv gets random numbers
             container = av.open(f"file:{self.temporary}", "w", options=dict(fflags="+bitexact"))
@@ -1045,7 +1042,7 @@ class VideoWriter(ExitStack):
         return self
 
     def write(self, frame):
-        if self.path.suffix.lower() == ".png":
+        if self.ending == ".png":
             notes = PngImagePlugin.PngInfo()
             notes.add_text("Comment", self.comment)
             Image.fromarray(frame).save(self.temporary, pnginfo=notes)
@@ -1061,13 +1058,13 @@ class VideoWriter(ExitStack):
     def _add_streams(self, height, width):
         # x264's macroblock tree reads uninitialised memory at sizes like 64: files would differ
         options = dict(crf="16", preset="fast", mbtree="0")
-        self.stream = self.container.add_stream("libx264", rate=self.fps, options=options)
-        self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "yuv420p"
+        size = dict(width=width, height=height, pix_fmt="yuv420p")
+        self.stream = self.container.add_stream("libx264", self.fps, options, **size)
         context = self.stream.codec_context
         self.stream.time_base = context.time_base = 1 / self.fps
         context.colorspace = context.color_primaries = context.color_trc = BT709
         context.color_range = 1  # limited
-        if way := self.sound and sound_way(self.sound, self.path.suffix.lower()):
+        if way := self.sound and sound_way(self.sound, self.ending):
             self.sound_pieces = write_sound(self.sound, self.container, way, self.span)
             next(self.sound_pieces)
 
@@ -1107,11 +1104,11 @@ def list_files(folder, kinds):
     (unfinished) files left out."""
     found, seen = [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
-        here = os.stat(root)
-        if (here.st_dev, here.st_ino) in seen:  # a link to a folder above
+        here = os.path.realpath(root)
+        if here in seen:  # a link to a folder above
             folders.clear()
             continue
-        seen.add((here.st_dev, here.st_ino))
+        seen.add(here)
         paths = [Path(root, name) for name in names if not name.startswith(".")]
         found += [p for p in paths if p.suffix.lower() in kinds]
     return sorted(p for p in found if p.is_file() or p.is_symlink())
@@ -1164,16 +1161,18 @@ MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EROFS, 
 MEMORY = MemoryError | torch.OutOfMemoryError
 
 
+def of_machine(error):
+    """Whether memory, a disk or a GPU is at fault."""
+    gpu = isinstance(error, RuntimeError) and re.search("cuda|cudnn|cublas", str(error), re.I)
+    broken = gpu or isinstance(error, MEMORY | torch.AcceleratorError)
+    return broken or getattr(error, "errno", 0) in MACHINE
+
+
 def blame(error, path):
     """Why the clip at `path` is left out for good. UserError where the machine is at fault (memory,
     disk, a folder that is away, torn weights): the next run tries again."""
     reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    gpu = isinstance(error, torch.AcceleratorError) or (
-        isinstance(error, RuntimeError)
-        and any(name in str(error).lower() for name in ("cuda", "cudnn", "cublas"))
-    )
-    causes = [error, error.__cause__, error.__context__]
-    machine = gpu or any(isinstance(c, MEMORY) or getattr(c, "errno", 0) in MACHINE for c in causes)
+    machine = any(map(of_machine, (error, error.__cause__, error.__context__)))
     gone = not path.is_file() and not path.is_symlink()  # a dangling link is at fault itself
     elsewhere = isinstance(error, UserError) and path.name not in reason
     if machine or gone or elsewhere:
@@ -1213,11 +1212,11 @@ def encode_clip(pixels, tracked, fps, autoencoder, scene_encoder, watch=nullcont
             images = to_tensor(np.stack(part)).to(device)
             latent.append(autoencoder.encode(images).half().cpu())
 
-    latent = torch.cat(latent).numpy()
+    latent = torch.cat(latent)
     with watch("masks"):
         weight = [expressive_mask(points, latent.shape[-1]) for points in tracked.landmarks]
     with watch("CLIP"):
-        scene = scene_encoder.images(to_tensor(np.stack([first, last]))).half().cpu().numpy()
+        scene = scene_encoder.images(to_tensor(np.stack([first, last]))).half().cpu()
     return dict(
         latent=latent,
         landmarks=tracked.landmarks.astype(np.float16),
@@ -1242,7 +1241,7 @@ class CacheWriter:
         return self.folder / f"clip-{digest[:16]}.safetensors"
 
     def add(self, record, entry):
-        tensors = {k: torch.from_numpy(np.asarray(v)) for k, v in record.items()}
+        tensors = {k: torch.as_tensor(v) for k, v in record.items()}
         sdit.write_tensors(self.path(entry["file"]), tensors, dict(about=self.about, entry=entry))
 
     def read(self, path):
@@ -1373,10 +1372,9 @@ def finish_cache(writer, names):
     for path in writer.folder.glob(".clip-*.tmp.safetensors"):  # of killed runs
         path.unlink(missing_ok=True)
 
-    count = sum("rejected" in e for e in entries)
-    reasons = writer.folder / "manifest.jsonl"
-    kept = len(entries) - count
-    print(f"{kept} clips in {writer.folder}; {count} left out, reasons in {reasons}")
+    left_out = sum("rejected" in e for e in entries)
+    reasons = f"{left_out} left out, reasons in {writer.folder / 'manifest.jsonl'}"
+    print(f"{len(entries) - left_out} clips in {writer.folder}; {reasons}")
 
 
 def check_finished(folder, about, names):
@@ -1414,17 +1412,17 @@ for _name in ("stdout", "stderr"):
         setattr(sys, _name, open(os.devnull, "w"))
 
 
-class Formatter(argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):
-        known = "default" in action.help or action.default in (None, False, argparse.SUPPRESS)
-        return action.help if known else f"{action.help} (default: %(default)s)"
-
-
 class Parser(argparse.ArgumentParser):
     """argparse with every default in --help, and one sentence for a mistake."""
 
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=Formatter, allow_abbrev=False)
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=layout, allow_abbrev=False)
+
+    def add_argument(self, *names, help="", **options):
+        if options.get("default") not in (None, False, argparse.SUPPRESS):
+            help += " (default: %(default)s)"
+        return super().add_argument(*names, help=help, **options)
 
     def error(self, message):
         if message.startswith("argument "):
@@ -1508,7 +1506,7 @@ def explain(e):
 
 
 def flush():
-    """Print what is left; a reader that went away is no fault."""
+    """Print what is left. A reader that went away is no fault."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -1585,7 +1583,8 @@ def main():
 
     # Frozen models
     rank, world, _ = ranks()
-    device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    gpus = torch.cuda.device_count()
+    device = f"cuda:{rank % gpus}" if gpus else "cpu"
     a.autoencoder, a.clip = fetch(a.autoencoder), fetch(a.clip)
     autoencoder = sdit.load_autoencoder(a.autoencoder, device)
     scene_encoder, landmarker = SceneEncoder(a.clip, device), FaceLandmarker()
