@@ -27,7 +27,7 @@ import threading
 import time
 import zlib
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -207,16 +207,13 @@ def read_index(folder, frames):
 
     again = "remove it and give the data.py command again"
     index = read_json(path, ["clips"], again)
-    clips = index["clips"]
-    if not isinstance(clips, list) or not all(map(is_clip, clips)):
+    try:
+        usable = sum(length >= frames + 2 for _, length in index["clips"])
+    except (TypeError, ValueError):
         raise UserError(f"{path} is torn; {again}")
-    if max((length for _, length in clips), default=0) < frames + 2:
+    if not usable:
         raise too_short(folder, frames)
     return index
-
-
-def is_clip(entry):
-    return isinstance(entry, list) and [type(v) for v in entry] == [str, int]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -243,10 +240,9 @@ def quiet():
         with suppress(OSError):  # there is no stderr
             saved = os.dup(2)
             stack.callback(os.close, saved)
-            null = stack.enter_context(open(os.devnull, "w"))
             if sys.stderr:
                 sys.stderr.flush()
-            os.dup2(null.fileno(), 2)
+            os.dup2(NULL, 2)
             stack.callback(os.dup2, saved, 2)
         yield
 
@@ -584,8 +580,7 @@ class SceneEncoder:
 
         tensors, config = sdit.read_tensors(path)
         config = config or open_clip.get_model_config(OPENAI_VIT_L14)
-        complete = {"embed_dim", "vision_cfg", "text_cfg"} <= set(config)
-        if not complete or not sdit.is_like(config, CLIP_KEYS):
+        if not sdit.is_like(config, CLIP_KEYS):
             raise UserError(f"{path} is not a CLIP file: it has no known open_clip configuration")
         model = sdit.build(lambda: open_clip.CLIP(**config), tensors, path)
         self.model = model.to(device).eval().requires_grad_(False)
@@ -664,7 +659,7 @@ with suppress(ImportError):  # optional
 
     pillow_heif.register_heif_opener()
 Image.init()
-# PIL would start other programs for other formats: Ghostscript for PostScript
+# For other formats PIL would start programs: Ghostscript for PostScript
 FORMATS = {"JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "HEIF"} & set(Image.OPEN)
 
 
@@ -947,9 +942,33 @@ def check_output(path, *inputs):
         raise UserError(f"the output {path} is also an input; choose another --out")
 
 
+def shifted_sound(video, source, audio, copy, span):
+    """Yield the packets (`copy`), else the decoded frames, of a Video's sound within `span`, with
+    times that begin at 0. Where the clock is reset, sound is shifted as the frames are."""
+    begin, end = (float(video.start + seconds) for seconds in span)
+    shifts, last, written = list(video.shifts), None, -math.inf
+    for packet in source.demux(audio):
+        try:
+            pieces = [packet] if copy else packet.decode()
+        except av.InvalidDataError:  # as players do, go on with the next
+            continue
+
+        for piece in pieces:
+            if piece.pts is None:
+                continue
+            now = float(piece.pts * piece.time_base)
+            if last is not None and not -0.1 < now - last <= GAP and len(shifts) > 1:
+                shifts.pop(0)
+            last, now = now, now + shifts[0]
+            if max(begin, written - 0.01) <= now < end:  # joined sounds may overlap
+                written = now + float((piece.duration or 0) * piece.time_base)
+                piece.pts += round((shifts[0] - begin) / piece.time_base)
+                yield piece
+
+
 def write_sound(video, target, way, span=WHOLE):
-    """Write the sound of a Video, or `span` (seconds) of it, to an open container: its packets
-    ("copy"), or coded as AAC ("code"). A generator, whose first step adds the stream."""
+    """Write a Video's sound to an open container: its packets ("copy"), or coded as AAC ("code").
+    A generator, whose first step adds the stream."""
     with open_video(video.path) as source:
         audio, copy = default_stream(source.streams.audio), way == "copy"
         if copy:
@@ -960,29 +979,11 @@ def write_sound(video, target, way, span=WHOLE):
             stream = target.add_stream("aac", rate, layout=layout)
         yield
 
-        begin, end = (float(video.start + seconds) for seconds in span)
-        shifts, last, written = list(video.shifts), None, -math.inf
-        for packet in source.demux(audio):
-            try:
-                pieces = [packet] if copy else packet.decode()
-            except av.InvalidDataError:  # as players do, go on with the next
-                continue
-            for piece in pieces:
-                if piece.pts is None:
-                    continue
-                time = float(piece.pts * piece.time_base)
-                if last is not None and not -0.1 < time - last <= GAP and len(shifts) > 1:
-                    shifts.pop(0)  # the clock was reset, as for the frames
-                last, time = time, time + shifts[0]
-                if not max(begin, written - 0.01) <= time < end:  # joined sounds may overlap
-                    continue
-
-                written = time + float((piece.duration or 0) * piece.time_base)
-                piece.pts += round((shifts[0] - begin) / piece.time_base)
-                if copy:
-                    piece.dts, piece.stream = piece.pts, stream
-                target.mux(piece if copy else stream.encode(piece))
-                yield
+        for piece in shifted_sound(video, source, audio, copy, span):
+            if copy:
+                piece.dts, piece.stream = piece.pts, stream
+            target.mux(piece if copy else stream.encode(piece))
+            yield
         if not copy:
             target.mux(stream.encode(None))
 
@@ -1195,34 +1196,27 @@ def enough_disk(folder, needed):
 
 
 @torch.no_grad()
-def encode_clip(pixels, tracked, fps, autoencoder, scene_encoder, watch=nullcontext):
+def encode_clip(pixels, tracked, fps, autoencoder, scene_encoder):
     """Cache record of a clip: an iterable of M crops (size, size, 3) uint8, its Track and rate.
 
     latent (M, C, H, W) f16, landmarks (M, 478, 3) f16, found (M,) bool, weight (M, H, W) u8 (the
     expressive mask), scene (2, S) f16 of the first and last frame, fps (numerator, denominator)."""
     device, pixels = next(autoencoder.parameters()).device, iter(pixels)
     latent, first, last = [], None, None
-    while True:  # a long clip is never in memory as a whole
-        with watch("decoding, crops"):
-            part = list(itertools.islice(pixels, 32))
-        if not part:
-            break
+    while part := list(itertools.islice(pixels, 32)):  # a long clip does not fit in memory
         first, last = part[0] if first is None else first, part[-1]
-        with watch("autoencoder"):
-            images = to_tensor(np.stack(part)).to(device)
-            latent.append(autoencoder.encode(images).half().cpu())
+        images = to_tensor(np.stack(part)).to(device)
+        latent.append(autoencoder.encode(images).half().cpu())
 
-    latent = torch.cat(latent)
-    with watch("masks"):
-        weight = [expressive_mask(points, latent.shape[-1]) for points in tracked.landmarks]
-    with watch("CLIP"):
-        scene = scene_encoder.images(to_tensor(np.stack([first, last]))).half().cpu()
+    latent = torch.cat(latent)  # (M, C, H, W)
+    weight = [expressive_mask(points, latent.shape[-1]) for points in tracked.landmarks]
+    ends = to_tensor(np.stack([first, last]))
     return dict(
         latent=latent,
         landmarks=tracked.landmarks.astype(np.float16),
         found=tracked.found,
         weight=np.stack(weight),
-        scene=scene,
+        scene=scene_encoder.images(ends).half().cpu(),
         fps=np.array(Fraction(fps).as_integer_ratio()),
     )
 
@@ -1303,24 +1297,23 @@ def pseudo_clip(picture, points, seed, M=16):
         yield frame, np.column_stack([across, points[:, 2] * (1 + zoom)]).astype(np.float32)
 
 
-def read_clip(path, landmarker, size, watch):
+def read_clip(path, landmarker, size):
     """(iterator of crops (size, size, 3) uint8, Track, fps, mirrored fraction) of a face clip, from
     the first to the last frame with the face, or of a picture as a pseudo-clip of 8 frames/s."""
-    with watch("decoding, landmarks"):
-        if path.suffix.lower() in PICTURES:
-            picture = resize_to(read_picture(path), 768)
-            points = landmarker(picture)
-            if points is None:
-                raise no_face(path)
-            seed = zlib.crc32(os.fsencode(path.name))
-            frames, points = zip(*pseudo_clip(picture, points, seed))
-            tracked, fps = in_square(np.stack(points)), Fraction(8)
-            shape, square = picture.shape, tracked.square  # a moving picture is mirrored anyway
-        else:
-            frames = Video(path)
-            tracked, fps = track(frames, landmarker, path), frames.fps
-            shape = next(iter(frames)).shape
-            square = keep_inside(tracked.square, shape)
+    if path.suffix.lower() in PICTURES:
+        picture = resize_to(read_picture(path), 768)
+        points = landmarker(picture)
+        if points is None:
+            raise no_face(path)
+        seed = zlib.crc32(os.fsencode(path.name))
+        frames, points = zip(*pseudo_clip(picture, points, seed))
+        tracked, fps = in_square(np.stack(points)), Fraction(8)
+        shape, square = picture.shape, tracked.square  # a moving picture is mirrored anyway
+    else:
+        frames = Video(path)
+        tracked, fps = track(frames, landmarker, path), frames.fps
+        shape = next(iter(frames)).shape
+        square = keep_inside(tracked.square, shape)
     if square is None:
         raise UserError(f"{path}: {TOO_LARGE}")
 
@@ -1340,13 +1333,15 @@ def cache_clips(clips, writer, landmarker, autoencoder, scene_encoder, size):
 
     def is_done(name, path):
         entry = writer.read(writer.path(name))
-        return entry and entry.get("changed") in (None, changed(path))
+        return entry and entry.get("changed", changed(path)) == changed(path)
 
     todo = [clip for clip in clips if not is_done(*clip)]
     for name, path in tqdm(todo, f"clips, rank {rank}" if world > 1 else "clips", unit="clip"):
         try:
-            crops, tracked, fps, margin = read_clip(path, landmarker, size, watch)
-            record = encode_clip(crops, tracked, fps, autoencoder, scene_encoder, watch)
+            with watch("landmarks"):
+                crops, tracked, fps, margin = read_clip(path, landmarker, size)
+            with watch("autoencoder and CLIP"):
+                record = encode_clip(crops, tracked, fps, autoencoder, scene_encoder)
         except Exception as e:  # whatever is wrong with a file, the rest goes on
             record, entry = {}, dict(rejected=blame(e, path), changed=changed(path))
         else:
@@ -1383,9 +1378,7 @@ def check_finished(folder, about, names):
     must_agree(about, read_json(index), f"{before} of", "name another --out")
     there = {e.get("file") for e in read_lines([folder / "manifest.jsonl"])}
     if new := len(set(names) - there):
-        raise UserError(
-            f"{before}, without {new} of these clips; to add them, remove {index} first"
-        )
+        raise UserError(f"{before}, without {new} of these; to add them, remove {index} first")
     print(f"{before} of these clips")
 
 
@@ -1404,9 +1397,8 @@ def bench(cache, frames=8, rows=2000):
 # --------------------------------------------------------------------------------------------------
 # The command line
 
-while (_file := os.open(os.devnull, os.O_RDWR)) < 3:
+while (NULL := os.open(os.devnull, os.O_RDWR)) < 3:
     pass  # stderr is closed: no other file may get its number
-os.close(_file)
 for _name in ("stdout", "stderr"):
     if getattr(sys, _name) is None:
         setattr(sys, _name, open(os.devnull, "w"))
@@ -1510,7 +1502,7 @@ def flush():
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(NULL, 1)
 
 
 # Of the ranks that torchrun starts on a machine, the one that made this file has said why all end.
