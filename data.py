@@ -571,6 +571,16 @@ CLIP_KEYS = dict(
 )
 
 
+def is_clip_config(config):
+    """Whether a file's configuration is one of open_clip's, with a vision transformer or ResNet."""
+    vision, known = config.get("vision_cfg"), CLIP_KEYS
+    if isinstance(vision, dict) and isinstance(vision.get("layers"), list):  # of a ResNet
+        known = known | dict(vision_cfg=known["vision_cfg"] | dict(layers=[1]))
+        if len(vision["layers"]) != 4:
+            return False
+    return sdit.is_like(config, known)
+
+
 class SceneEncoder:
     """The global signal (paper 3.1): a frozen CLIP, of pictures and texts. Its file has open_clip's
     configuration as metadata; without, it is taken for OpenAI's ViT-L/14."""
@@ -580,7 +590,7 @@ class SceneEncoder:
 
         tensors, config = sdit.read_tensors(path)
         config = config or open_clip.get_model_config(OPENAI_VIT_L14)
-        if not sdit.is_like(config, CLIP_KEYS):
+        if not is_clip_config(config):
             raise UserError(f"{path} is not a CLIP file: it has no known open_clip configuration")
         model = sdit.build(lambda: open_clip.CLIP(**config), tensors, path)
         self.model = model.to(device).eval().requires_grad_(False)
