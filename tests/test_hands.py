@@ -211,7 +211,7 @@ def test_a_worker_ends_with_its_parent(tmp_path):
     code = f"""
 import concurrent.futures, multiprocessing, os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import sdit
+import data
 if __name__ == "__main__":
     pool = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), data.end_with_parent)
     print(pool.submit(os.getpid).result(), flush=True)
