@@ -6,10 +6,11 @@ movements out (paper 3.2, Algorithm 1).
     python sample.py --prompt "a man with red hair" --driving y.mp4
     torchrun --nproc_per_node=4 sample.py --source x.jpg --driving y.mp4 --out z.mp4
 
-`plan_rows` deals a video of any length to rows of T frames that share one frame, the anchor.
-`sample_plain` is the paper's rule, all rows in one batch; `sample_first` and `sample_rest` make the
-same in the memory of a few rows. `reenact` is the whole job: prepare, sample, write. An interrupted
-command, given again, goes on from OUT.partial/."""
+Algorithm 1 is: 1 `plan_rows`, 2 `make_conditions`, 3 `denoise`, 4 `decode_frames`. A video of any
+length is dealt to rows of T frames that share one frame, the anchor. `sample_plain` is the paper's
+rule, all rows in one batch; `sample_first` and `sample_rest` give the same result in the memory of
+a few rows. `reenact` is the whole job: `prepare`, `sample`, `write`. An interrupted command, given
+again, goes on from the finished frames in OUT.partial/."""
 
 import argparse
 import csv
@@ -48,40 +49,49 @@ CHUNK_TOKENS = dict(cpu=2048, cuda=8192)
 # Algorithm 1, step 1: from a video to rows
 
 
-def count_rows(M, T, anchor):
-    """How many rows of T the M frames of a video need with that frame as the anchor."""
-    sides = (anchor, T // 2), (M - 1 - anchor, T - 1 - T // 2)  # (frames, slots) before and after
+def anchor_slot(T):
+    """The slot of the anchor in every row."""
+    return T // 2
+
+
+def count_rows(M, T, anchor_frame):
+    """How many rows of T the M frames of a video need with this frame as the anchor."""
+    slot = anchor_slot(T)
+    sides = (anchor_frame, slot), (M - 1 - anchor_frame, T - 1 - slot)  # (frames, slots)
     if any(frames and not slots for frames, slots in sides):
         return math.inf
     return max(1, *(math.ceil(frames / max(slots, 1)) for frames, slots in sides))
 
 
-def plan_rows(M, T, anchor=None):
+def plan_rows(M, T, anchor_frame=None):
     """Deal the M frames of a video to rows of T (Eq. 1): frame numbers and `keep`, both (B, T).
 
-    `keep` marks one place of each frame; elsewhere are copies of the anchor in rows 1.. and
-    repeated frames that fill slots."""
-    slot = T // 2  # of the anchor, in every row
-    if anchor is None:
+    M = 5, T = 3 gives [[0, 2, 3], [1, 2, 4]]. `keep` marks one place of each frame; elsewhere are
+    copies of the anchor in rows 1.. and repeated frames that fill slots."""
+    slot = anchor_slot(T)
+    if anchor_frame is None:
         # paper: "the central frame". Where T is even, another one can need fewer rows.
-        anchor = min(range(M), key=lambda f: (count_rows(M, T, f), abs(f - (M - 1) / 2), f))
-    B = count_rows(M, T, anchor)
+        by_rows = [(count_rows(M, T, f), abs(f - (M - 1) / 2), f) for f in range(M)]
+        anchor_frame = min(by_rows)[-1]
+    B = count_rows(M, T, anchor_frame)
     if B == math.inf:
         raise UserError(
-            f"{M} frames cannot share frame {anchor} in rows of {T}; rows of two frames and more "
-            f"can (train.py --frames)"
+            f"{M} frames cannot share frame {anchor_frame} in rows of {T}; rows of two frames and "
+            f"more can (train.py --frames)"
         )
 
-    rows, keep = np.full((B, T), anchor), np.zeros((B, T), bool)
+    rows, keep = np.full((B, T), anchor_frame), np.zeros((B, T), bool)
     keep[0, slot] = True
 
-    # Paper silent on the order. Earlier frames lie before the anchor, later ones after it, strided:
-    # rows look like training sequences, sorted in time and wide.
-    sides = (range(anchor), 0, slot), (range(anchor + 1, M), slot + 1, T)
-    for frames, first, end in sides:
-        for b in range(B if frames else 0):
+    # Paper silent on the order. Earlier frames lie before the anchor and later ones after it. They
+    # are dealt in turn, so that a row is sorted and reaches over the whole video, as in training.
+    earlier, later = range(anchor_frame), range(anchor_frame + 1, M)
+    for frames, first, end in (earlier, 0, slot), (later, slot + 1, T):
+        if not frames:
+            continue
+        for b in range(B):
             dealt = frames[b::B]
-            rows[b, first:end] = (dealt or frames)[-1]
+            rows[b, first:end] = (dealt or frames)[-1]  # fills slots that would stay empty
             rows[b, first : first + len(dealt)] = dealt
             keep[b, first : first + len(dealt)] = True
     return rows, keep
@@ -96,8 +106,9 @@ def plan_windows(M, T):
 
 
 def frame_noise(seed, frames, shape, step=0):
-    """Noise (*frames.shape, *shape), float64. It belongs to the frame, whatever row, chunk or
-    process that is in. `step` 0 is the start; samplers that add noise use later ones."""
+    """Noise (*frames.shape, *shape), float64, which depends on seed, frame and step only. So rows
+    agree on their anchor, and chunks, processes and --only change nothing. `step` 0 is the start;
+    samplers that add noise use later ones."""
     noise = [
         np.random.default_rng([seed, f, step]).standard_normal(shape) for f in np.ravel(frames)
     ]
@@ -133,9 +144,9 @@ class Settings:
         last, n = NoiseSchedule.steps - 1, np.arange(self.steps)
         t = np.linspace(last, 0, self.steps)[::-1]  # ascending; a single step starts at the last
         if self.sampler == "dpm++" and self.steps > 1:
-            ratio = torch.logit(NoiseSchedule().alpha_bar).numpy()  # falls with t
-            even = np.linspace(ratio[0], ratio[-1], self.steps)
-            t = np.interp(even, ratio[::-1], np.arange(last, -1, -1))
+            log_snr = torch.logit(NoiseSchedule().alpha_bar).numpy()  # falls with t
+            even = np.linspace(log_snr[0], log_snr[-1], self.steps)
+            t = np.interp(even, log_snr[::-1], np.arange(last, -1, -1))
 
         # no timestep twice: each above the one before, and low enough to leave room for the others
         t = np.maximum.accumulate(t.round().astype(int) - n) + n
@@ -143,51 +154,55 @@ class Settings:
         return list(zip(t, t[1:] + [-1]))
 
 
-# One step: from x (..., C, H, W) and the model's output (..., 2C, H, W) to the next x. a and b:
-# alpha_bar before and after it (1: clean latents). new_noise(): noise like x. memory: a dict that
-# lasts from step to step.
+# A sampler's step: from x (..., C, H, W) and the model's output (..., 2C, H, W) to the next x.
+# abar and abar_next: alpha_bar before and after the step, 1 for clean latents. fresh_noise(): noise
+# like x. history: a dict that lasts from step to step.
 
 
-def predict_clean(x, noise, a):
-    return (x - (1 - a) ** 0.5 * noise) / a**0.5
+def predict_clean(x, eps, abar):
+    return (x - (1 - abar) ** 0.5 * eps) / abar**0.5
 
 
-def ddim(x, output, a, b, new_noise, memory, eta=0.0):
+def ddim(x, output, abar, abar_next, fresh_noise, history, eta=0.0):
     """DDIM (Song et al. 2021), Eq. 12 and 16. eta 0 adds no noise, 1 as much as DDPM."""
-    noise, _ = output.chunk(2, -3)
-    sigma = eta * ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
-    x = b**0.5 * predict_clean(x, noise, a) + (1 - b - sigma**2) ** 0.5 * noise
-    return x + sigma * new_noise() if sigma else x
+    eps, _ = output.chunk(2, -3)
+    sigma = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)) ** 0.5
+    x = abar_next**0.5 * predict_clean(x, eps, abar) + (1 - abar_next - sigma**2) ** 0.5 * eps
+    return x + sigma * fresh_noise() if sigma else x
 
 
-def ddpm(x, output, a, b, new_noise, memory):
+def ddpm(x, output, abar, abar_next, fresh_noise, history):
     """DDPM with the learned sigma, on the process that has only these timesteps (Improved DDPM,
     Eq. 15 and 19)."""
-    noise, v = output.chunk(2, -3)
-    beta = 1 - a / b
-    clean = predict_clean(x, noise, a)
-    mean = beta * b**0.5 / (1 - a) * clean + (1 - b) * (a / b) ** 0.5 / (1 - a) * x
-    if b == 1:
+    eps, mix = output.chunk(2, -3)
+    beta = 1 - abar / abar_next
+    clean = predict_clean(x, eps, abar)
+    of_clean = beta * abar_next**0.5 / (1 - abar)
+    of_x = (1 - abar_next) * (abar / abar_next) ** 0.5 / (1 - abar)
+    mean = of_clean * clean + of_x * x
+    if abar_next == 1:
         return mean
 
-    low, high = math.log(beta * (1 - b) / (1 - a)), math.log(beta)
-    log_variance = low + (v + 1) / 2 * (high - low)
-    return mean + torch.exp(log_variance / 2) * new_noise()
+    low, high = math.log(beta * (1 - abar_next) / (1 - abar)), math.log(beta)
+    log_variance = low + (mix + 1) / 2 * (high - low)
+    return mean + torch.exp(log_variance / 2) * fresh_noise()
 
 
-def dpm_plus(x, output, a, b, new_noise, memory):
+def dpm_plus(x, output, abar, abar_next, fresh_noise, history):
     """DPM-Solver++ (2M), Lu et al. 2022, Alg. 2."""
-    noise, _ = output.chunk(2, -3)
-    clean = predict_clean(x, noise, a)
-    if b == 1:
+    eps, _ = output.chunk(2, -3)
+    clean = predict_clean(x, eps, abar)
+    if abar_next == 1:  # h is infinite
         return clean
 
-    h = (math.log(b / (1 - b)) - math.log(a / (1 - a))) / 2  # in log signal-to-noise ratio
+    # the step in half of the log signal-to-noise ratio
+    h = (math.log(abar_next / (1 - abar_next)) - math.log(abar / (1 - abar))) / 2
     target = clean
-    if memory:
-        target = clean + (clean - memory["clean"]) * h / (2 * memory["h"])
-    memory.update(clean=clean, h=h)
-    return ((1 - b) / (1 - a)) ** 0.5 * x - b**0.5 * math.expm1(-h) * target
+    if history:
+        target = clean + (clean - history["clean"]) * h / (2 * history["h"])
+    history.update(clean=clean, h=h)
+    shrink = ((1 - abar_next) / (1 - abar)) ** 0.5
+    return shrink * x - abar_next**0.5 * math.expm1(-h) * target
 
 
 SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm++": dpm_plus}
@@ -215,35 +230,36 @@ def progress(items, what, unit, total=None):
 def denoise(settings, x, frames, evaluate, anchor=None):
     """Algorithm 1, step 3: from noise x (..., C, H, W) for `frames` (...) to clean latents.
 
-    evaluate(i, x, t): the model's output at step i and timestep t. anchor: a slot to override; with
-    the anchor bank there is nothing to override."""
-    step, memory = choose_sampler(settings.sampler), {}
+    evaluate(i, x, t): the model's output at step i and timestep t. anchor: the slot to override.
+    Since noise belongs to the frame, that changes nothing: it is kept as the definition."""
+    take_step, history = choose_sampler(settings.sampler), {}
     alpha_bar = [*NoiseSchedule().alpha_bar.tolist(), 1.0]  # the last one, at -1: clean latents
 
     x = sdit.override(x, anchor)
     for i, (t, after) in enumerate(progress(settings.timesteps(), "denoising", "step")):
 
-        def new_noise():
+        def fresh_noise():
             noise = frame_noise(settings.seed, frames, x.shape[-3:], i + 1)
             return data.send(noise.to(x.dtype), x.device)
 
-        x = step(x, evaluate(i, x, t), alpha_bar[t], alpha_bar[after], new_noise, memory)
+        output = evaluate(i, x, t)
+        x = take_step(x, output, alpha_bar[t], alpha_bar[after], fresh_noise, history)
         x = sdit.override(x, anchor)
     return x
 
 
 # --------------------------------------------------------------------------------------------------
-# Anchored diffusion of rows. conditions: the conditioning (B, T, D) of every branch, which is one,
-# or with guidance also the unconditional one
+# Anchored diffusion of rows. conditions: [conditional] or [conditional, unconditional], (B, slots,
+# D) each. We call each a branch.
 
 
 def guided(outputs, guidance):
     """Classifier-free guidance of the outputs (..., 2C, H, W) of one branch or two, over all
-    channels of the noise; the learned sigma is the conditional one's."""
+    channels of the noise (DiT's code: only three). The learned sigma is the conditional one's."""
     if len(outputs) == 1:
         return outputs[0]
-    (noise, v), (base, _) = (output.chunk(2, -3) for output in outputs)
-    return torch.cat([base + guidance * (noise - base), v], -3)
+    (eps, mix), (eps_unconditional, _) = (output.chunk(2, -3) for output in outputs)
+    return torch.cat([eps_unconditional + guidance * (eps - eps_unconditional), mix], -3)
 
 
 def run_model(function, x, t, c, *rest):
@@ -254,10 +270,11 @@ def run_model(function, x, t, c, *rest):
 
 @torch.no_grad()
 def sample_plain(model, x, frames, conditions, settings, anchor):
-    """The paper's rule, the definition: all rows x (B, T, C, H, W) in one batch, the anchor
-    overridden at the start, in every layer (`SDiT.forward`) and after every step (Algorithm 1:
-    before it; rows agree on the anchor's noise, so that is the same). Memory grows with the video.
-    With `anchor` None rows are independent."""
+    """The paper's rule, the definition: all rows x (B, T, C, H, W) in one batch, so that memory
+    grows with the video. With `anchor` None rows are independent.
+
+    Algorithm 1 overrides the anchor before each step, we at the start and after each step. Only
+    after the last step is there a difference, and there the rows' anchors are already alike."""
 
     def evaluate(i, x, t):
         return guided([run_model(model, x, t, c, anchor) for c in conditions], settings.guidance)
@@ -267,9 +284,10 @@ def sample_plain(model, x, frames, conditions, settings, anchor):
 
 @torch.no_grad()
 def sample_first(model, x, frames, conditions, settings, anchor):
-    """Row 0, x (1, T, C, H, W): its latents and the anchor bank, the keys and values of its anchor
-    for every step and branch. Other rows need no more of it: what they would compute for their own
-    anchor is overridden in every layer."""
+    """Row 0, x (1, T, C, H, W): its latents and the anchor bank.
+
+    Attention stays within a row, so row 0 is the same alone. Other rows read only the keys and
+    values of its anchor: bank[step][branch] is (depth, 2, 1, heads, N, D / heads)."""
     bank = []
 
     def evaluate(i, x, t):
@@ -370,37 +388,39 @@ def sample_video(model, conditions, settings, wanted=None, finished=None, share=
     """{frame: latent (C, H, W) on the CPU} of a video of M frames, conditions (M, D).
 
     wanted: frames to sample (default: all). finished: the mapping to fill; what it holds is not
-    sampled again. share: (rank, processes). plan: in place of `plan_rows`'s."""
+    sampled again, and several processes meet in it. share: (rank, processes). plan: rows with the
+    anchor in `anchor_slot`, in place of `plan_rows`'s."""
     M, (rank, processes) = len(conditions[0]), share
     finished = {} if finished is None else finished
     wanted = set(range(M) if wanted is None else wanted)
 
-    # 1. Plan: deal the frames to rows that share the anchor. MultiDiffusion has one row, of all.
+    # Plan: deal the frames to rows that share the anchor. MultiDiffusion has one row, of all.
     if settings.method == "multidiffusion":
         plan = np.arange(M)[None], np.ones((1, M), bool)
     rows, keep = plan or plan_rows(M, model.config.frames)
-    frames = [row[kept].tolist() for row, kept in zip(rows, keep)]  # of each row
+    kept = [row[k].tolist() for row, k in zip(rows, keep)]  # the frames that each row gives
 
-    # 2. Choose the rows of this process that hold wanted frames which are not finished. Row 0 comes
-    # first in every process: the anchor bank is neither sent nor kept on disk.
-    needed = [b for b in range(len(rows)) if wanted.intersection(frames[b])]
-    mine = [b for b in needed[rank::processes] if not all(f in finished for f in frames[b])]
-    numbers = sorted({0, *mine}) if mine and settings.method == "anchored" else mine
+    # Choose the rows of this process that hold wanted frames which are not finished. Every process
+    # samples row 0 for itself: the anchor bank is neither sent nor kept on disk.
+    needed = [b for b in range(len(rows)) if wanted.intersection(kept[b])]
+    mine = [b for b in needed[rank::processes] if not all(f in finished for f in kept[b])]
+    to_sample = sorted({0, *mine}) if mine and settings.method == "anchored" else mine
     if rank == 0 and len(wanted) < M:
         print(f"{len(wanted)} of {M} frames are in {len(needed)} of {len(rows)} rows")
 
-    # 3. Sample row 0 with its anchor bank, then the other rows.
-    sampled = sample_rows(model, rows, numbers, conditions, settings)
-    for b, latents in progress(sampled, "rows", "row", len(numbers)):
+    # Sample: row 0 with its anchor bank, if there is an anchor, then the other rows.
+    sampled = sample_rows(model, rows, to_sample, conditions, settings)
+    for b, latents in progress(sampled, "rows", "row", len(to_sample)):
         latents = latents.cpu()  # (T, C, H, W)
         if not latents.isfinite().all():
             raise UserError(
                 "the model's numbers are no longer finite: damaged weights, or --guidance too large"
             )
 
-        # 4. Scatter the row to frames.
-        for slot in np.flatnonzero(keep[b]) if b in mine else ():
-            finished[int(rows[b, slot])] = latents[slot]
+        # Scatter the row to frames.
+        if b in mine:
+            for slot in np.flatnonzero(keep[b]):
+                finished[int(rows[b, slot])] = latents[slot]
     return finished
 
 
@@ -410,16 +430,16 @@ def sample_rows(model, rows, numbers, conditions, settings):
     if not numbers:
         return
     config, device = model.config, conditions[0].device
-    anchor, shape = config.frames // 2, (config.latent_channels, *[config.latent_size] * 2)
+    anchor, shape = anchor_slot(config.frames), (config.latent_channels, *[config.latent_size] * 2)
     tokens = CHUNK_TOKENS.get(device.type, CHUNK_TOKENS["cpu"])
-    size = max(1, tokens // (config.tokens * config.frames))  # rows at once
-    size = min(size, getattr(model, "most_rows", size))
+    rows_at_once = max(1, tokens // (config.tokens * config.frames))
+    rows_at_once = min(rows_at_once, getattr(model, "most_rows", rows_at_once))
 
-    slots = np.arange(rows.shape[1])
-    others = np.delete(slots, anchor)
+    all_slots = np.arange(rows.shape[1])
+    other_slots = np.delete(all_slots, anchor)
 
     def inputs(chunk, slots):
-        """(noise, frames, conditions) of rows; noise is in float32 at least."""
+        """(noise, frames, conditions) of some rows; noise is in float32 at least."""
         frames = rows[chunk][:, slots]
         dtype = torch.promote_types(conditions[0].dtype, torch.float32)
         x = data.send(frame_noise(settings.seed, frames, shape).to(dtype), device)
@@ -427,22 +447,22 @@ def sample_rows(model, rows, numbers, conditions, settings):
         return x, frames, [c[places] for c in conditions]
 
     if settings.method == "multidiffusion":
-        x = inputs([0], slots)[0][0]  # (M, C, H, W)
-        yield 0, sample_multidiffusion(model, x, conditions, settings, size)
+        x, _, _ = inputs([0], all_slots)  # (1, M, C, H, W)
+        yield 0, sample_multidiffusion(model, x[0], conditions, settings, rows_at_once)
 
     elif settings.method == "independent":
-        for chunk in batches(numbers, size):
-            yield from zip(chunk, sample_plain(model, *inputs(chunk, slots), settings, None))
+        for chunk in batches(numbers, rows_at_once):
+            yield from zip(chunk, sample_plain(model, *inputs(chunk, all_slots), settings, None))
 
     else:
         if device.type == "cuda" and isinstance(model, sdit.SDiT):
             model = Captured(model)
-        first, bank = sample_first(model, *inputs([0], slots), settings, anchor)
+        first, bank = sample_first(model, *inputs([0], all_slots), settings, anchor)
         yield 0, first[0]
 
-        for chunk in batches(numbers[1:], size):
-            x = sample_rest(model, *inputs(chunk, others), settings, anchor, bank)
-            shared = first[:, anchor : anchor + 1].expand(len(x), -1, -1, -1, -1)
+        for chunk in batches(numbers[1:], rows_at_once):
+            x = sample_rest(model, *inputs(chunk, other_slots), settings, anchor, bank)
+            shared = first[:, anchor : anchor + 1].expand(len(x), -1, -1, -1, -1)  # (B, 1, C, H, W)
             yield from zip(chunk, torch.cat([x[:, :anchor], shared, x[:, anchor:]], 1))
 
 
@@ -467,7 +487,7 @@ class Partial:
             path.unlink(missing_ok=True)  # other processes do the same
         if stale:
             text = "finished frames of another model, input or setting removed"
-            print(f"{self.folder}: {len(stale)} {text}")
+            print_once(f"{self.folder}: {len(stale)} {text}")
 
     def _path(self, frame):
         return self.folder / f"{self.key}-{frame:08d}.safetensors"
@@ -530,7 +550,8 @@ def make_conditions(models, scene, landmarks, guidance):
     given = [x.to(models.device, mapping.null_scene.dtype) for x in (scene, landmarks)]
     conditions = [mapping(*given)[0].to(dtype)]
     if guidance != 1:
-        conditions.append(mapping()[0].to(dtype).expand_as(conditions[0]))
+        unconditional = mapping()[0].to(dtype)  # (1, D)
+        conditions.append(unconditional.expand_as(conditions[0]))
     return conditions
 
 
@@ -566,7 +587,7 @@ def neutral_frame(landmarks):
 
 def retargeted(driving, source):
     """Landmarks (M, 478, 3) with the motion of `driving` (M, 478, 3) and half of the proportions of
-    `source` (478, 3), in any unit; all of them were further from the truth on the demo. Paper
+    `source` (478, 3), in any unit; all of the proportions were less accurate on the demo. Paper
     silent: raw landmarks carry the driver's shape over."""
     neutral = driving[neutral_frame(driving)]
     scale, rotation = head_pose(source, neutral)
@@ -581,10 +602,12 @@ def retargeted(driving, source):
     # how much wider and higher the outline is; depth is hardly seen, and stays
     ours, theirs = ((p - p[RIGID].mean(0)) @ axes for p in (neutral, scale * source @ rotation.T))
     stretch = (ours[OVAL] * theirs[OVAL]).sum(0) / (ours[OVAL] ** 2).sum(0)
-    difference = ours * ((stretch - 1) / 2 * (1, 1, 0)) @ axes.T  # (478, 3)
+    difference = (ours * (stretch - 1) / 2 * (1, 1, 0)) @ axes.T  # (478, 3)
 
-    poses = [head_pose(neutral, frame) for frame in driving]
-    moved = [frame + scale * difference @ r.T for frame, (scale, r) in zip(driving, poses)]
+    moved = []
+    for frame in driving:
+        scale, rotation = head_pose(neutral, frame)
+        moved.append(frame + scale * difference @ rotation.T)
     return np.stack(moved).astype(np.float32)
 
 
@@ -658,7 +681,7 @@ def reenact(source=None, driving=DRIVING, out="reenacted.mp4", model=MODEL, **op
         with together(), watch("denoising"):
             latents = sample(job)
 
-        with together():  # the next line of a table may drive with this result
+        with together():  # wait until the file is there: a later job may drive with it
             if leader:
                 write(job, latents, watch)
                 print(watch)
@@ -687,7 +710,7 @@ def prepare(asked, watch):
         raise UserError("--retarget needs the shape of a face; give a --source")
     if not asked.source and not asked.prompt:
         asked.source = SOURCE
-    paths = outputs(asked.out, asked.compare)
+    paths = output_paths(asked.out, asked.compare)
     for path in paths:
         data.check_output(path, *filter(None, (asked.source, asked.driving)))
 
@@ -695,11 +718,12 @@ def prepare(asked, watch):
         models = asked.model
         if not isinstance(models, Models):
             models = load_models(models, asked.device, asked.engine)
-    engine = models.engine
-    unguided = engine and engine.branches == 1
-    if engine and settings.method != "anchored" or unguided and settings.guidance != 1:
-        cure = ", --guidance 1 or export.py --branches 2" if unguided else ""
-        raise UserError(f"the engine {engine.name} needs --method anchored{cure}")
+    if engine := models.engine:
+        if settings.method != "anchored":
+            raise UserError(f"the engine {engine.name} needs --method anchored")
+        if engine.branches == 1 and settings.guidance != 1:
+            cure = "--guidance 1, or export.py --branches 2"
+            raise UserError(f"the engine {engine.name} has no guidance; it needs {cure}")
 
     with watch("landmarks"):
         driving = data.Video(asked.driving)
@@ -718,7 +742,7 @@ def prepare(asked, watch):
     return Job(paths, models, settings, driving, wanted, square, picture, conditions, about)
 
 
-def outputs(out, compare):
+def output_paths(out, compare):
     """The files that a job writes."""
     ending = ".png" if out.suffix.lower() == ".png" else ".mp4"
     comparison = out.parent / f"{out.stem}-compare{ending}"
@@ -744,12 +768,12 @@ def read_faces(asked, models, driving):
     track = data.track(driving, models.landmarker, asked.driving, len(driving), number)
 
     choices = (asked.driving, track.faces, number), (asked.source, faces, source_number)
-    for path, count, number in choices:
+    for path, count, taken in choices:
         if count > 1:
-            print_once(f"{path} shows {count} faces; number {number} by size is taken (--face)")
+            print_once(f"{path} shows {count} faces; number {taken} by size is taken (--face)")
     if missed := int((~track.found).sum()):
-        frames = f"{missed} of {len(driving)} frames of {asked.driving}"
-        print_once(f"no face found in {frames}; their landmarks are interpolated")
+        where = f"{missed} of {len(driving)} frames of {asked.driving}"
+        print_once(f"no face found in {where}; their landmarks are interpolated")
 
     landmarks = retargeted(track.landmarks, shape) if asked.retarget else track.landmarks
     return picture, landmarks, track.square
@@ -804,7 +828,7 @@ def write(job, latents, watch):
                     comparison.write(np.concatenate(panels, 1))
 
     latents.remove()
-    for path in outputs(job.paths[0], True):  # of runs that were killed
+    for path in output_paths(job.paths[0], True):  # of runs that were killed
         sdit.hidden(path, f".tmp{path.suffix}").unlink(missing_ok=True)
     side, names = len(image), " and ".join(map(str, job.paths))
     print(f"{names}: {len(wanted)} frames of {side} x {side}")
@@ -894,7 +918,7 @@ def find_conflicts(jobs, compare):
             readers.setdefault(os.path.realpath(job[name]), i)
 
     for i, job in enumerate(jobs):
-        for path in outputs(job["out"], compare) if "out" in job else ():
+        for path in output_paths(job["out"], compare) if "out" in job else ():
             place = os.path.realpath(path)
             reader = readers.get(place, math.inf)
             if place in readers and not (reader > i and made_here(path)):

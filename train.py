@@ -1,5 +1,5 @@
-"""Train the sDiT and its mapping network on a cache (paper 3.1, 4.1, D). Autoencoder, CLIP and
-landmarks are frozen: the cache holds what they made.
+"""Train the sDiT and its mapping network on a cache (Anchored Diffusion, arXiv 2407.15153: 3.1, 4.1
+and D). Autoencoder, CLIP and landmarks are frozen: the cache holds what they made.
 
     python train.py --size demo --frames 4 --batch 4 --steps 16000 --lr 8e-4   # a laptop, 64 pixels
     torchrun --nproc_per_node=4 train.py    # the paper's XL/2, T = 8, batch 16, from ./cache
@@ -37,7 +37,7 @@ import sdit
 from sdit import NoiseSchedule, UserError
 
 # --------------------------------------------------------------------------------------------------
-# Hyper-parameters: the paper's (4.1, D) unless a comment says whose
+# Hyper-parameters. Defaults are the paper's (4.1, D), except where a comment says whose
 
 
 def arguments():
@@ -51,20 +51,21 @@ def arguments():
     # the model: the paper trains T = 4 and T = 8, and predicts epsilon, as DiT does
     add("--size", str, "XL/2", "S, B, L or XL with /2, /4 or /8; or demo")
     add("--frames", count, 8, "T, frames of a row")
-    outputs = ("epsilon", "v")
-    add("--prediction", str, "epsilon", "of the network; v learns faster at first", choices=outputs)
+    kinds = ("epsilon", "v")
+    add("--prediction", str, "epsilon", "of the network; v learns faster at first", choices=kinds)
 
     # files
-    caches = "caches made by data.py; several with shares, as in a:0.9 b:0.1"
-    add("--data", str, ["cache"], caches, nargs="+", metavar="CACHE[:SHARE]")
+    data_help = "caches made by data.py; several with shares, as in a:0.9 b:0.1"
+    add("--data", str, ["cache"], data_help, nargs="+", metavar="CACHE[:SHARE]")
     add("--out", Path, None, "folder of the run (default: runs/SIZE-FRAMES)")
     add("--init", Path, None, "initial weights: a model file of train.py, or DiT-XL-2-256x256.pt")
 
-    # the loss; paper silent: conditions are dropped as DiT drops its class
+    # the loss; paper silent: for classifier-free guidance, conditions are dropped as DiT's class is
     add("--lambda-ex", positive, 1.0, "extra weight of lips and eyes")
     add("--drop", fraction, 0.1, "probability that a row loses scene and landmarks")
 
-    # optimisation: PyTorch's weight decay (DiT has 0); paper silent: no warm-up, DiT's average
+    # optimisation; paper silent on warm-up and average: none, and DiT's decay. Weight decay is
+    # PyTorch's default (paper D: "default parameter values"); DiT has 0.
     add("--steps", count, 1_000_000, "of the whole run")
     add("--batch", count, 16, "rows a step, over all processes")
     add("--lr", positive, 6.4e-5, "largest learning rate; cosine to 0")
@@ -75,13 +76,13 @@ def arguments():
     add("--seed", data.number(int, 0, 2**31), 0, "of weights, rows and noise")
 
     # the machine
-    where = "of matrix products (default: bf16 where the device has it)"
-    add("--precision", str, None, where, choices=("bf16", "fp32"))
+    precision_help = "of matrix products (default: bf16 where the device has it)"
+    add("--precision", str, None, precision_help, choices=("bf16", "fp32"))
     add("--accumulate", count, 1, "parts of a process's rows, one after another, to save memory")
-    compiled = "torch.compile the blocks: a minute's wait, then faster (default: on a GPU)"
-    ap.add_argument("--compile", action=argparse.BooleanOptionalAction, help=compiled)
-    workers = "processes that load rows (default: 4 with a GPU, else 0)"
-    add("--workers", data.number(int, 0, 256), None, workers)
+    compile_help = "torch.compile the blocks: a minute's wait, then faster (default: on a GPU)"
+    ap.add_argument("--compile", action=argparse.BooleanOptionalAction, help=compile_help)
+    workers_help = "processes that load rows (default: 4 with a GPU, else 0)"
+    add("--workers", data.number(int, 0, 256), None, workers_help)
     add("--log-every", count, 50, "steps between log lines")  # torchrun takes --log for its own
     add("--save-minutes", positive, 15, "minutes between states; 0: after every step")
     add("--preview", natural, 2000, "steps between pictures, RUN/preview-STEP.png; 0: none")
@@ -108,11 +109,11 @@ RECIPE = "steps batch lr mapping_lr warmup weight_decay lambda_ex drop ema preci
 # The loss
 
 
-def variational_bound(schedule, x0, xt, noise, v, t):
-    """The learned sigma's term of the variational bound, (B,), in bits a dimension (Improved DDPM,
-    Sec. 3.1). `noise` is predicted and detached: this term trains the variance, not the mean."""
+def variational_bound(schedule, x0, xt, noise, variance_mix, t):
+    """The learned sigma's term of the variational bound (Improved DDPM, Sec. 3.1). Returns (B,), in
+    bits a dimension. `noise` is predicted and detached: this term trains the variance alone."""
     at = schedule.at
-    log_variance = schedule.log_variance(v, t)
+    log_variance = schedule.log_variance(variance_mix, t)
     true_log_variance = at(schedule.posterior_variance.log(), t, xt)
     of_x0, of_xt = at(schedule.mean_x0, t, xt), at(schedule.mean_xt, t, xt)
     mean = of_x0 * schedule.predict_x0(xt, noise, t) + of_xt * xt
@@ -123,36 +124,37 @@ def variational_bound(schedule, x0, xt, noise, v, t):
     kl = kl + (true_mean - mean) ** 2 * torch.exp(-log_variance)
     kl = (kl - 1) / 2
 
-    # t = 0 has no posterior: the likelihood of x0 in a bin as wide as an 8-bit pixel's; that means
-    # little for latents, and is kept as DiT has it
+    # At t = 0 there is no posterior, but the likelihood of x0 in a bin of width 2 / 255, that of an
+    # 8-bit pixel. For latents it means little; DiT has it.
     edges = (x0 + 1 / 255 - mean, x0 - 1 / 255 - mean)
     upper, lower = (torch.special.ndtr(x * torch.exp(-log_variance / 2)) for x in edges)
     upper = torch.where(x0 > 0.999, 1.0, upper)
     lower = torch.where(x0 < -0.999, 0.0, lower)
     likelihood = (upper - lower).clamp_min(1e-12)
 
-    first = (t == 0).view(-1, 1, 1, 1, 1)
-    nats = torch.where(first, -likelihood.log(), kl)  # (B, T, C, H, W)
+    at_zero = (t == 0).view(-1, 1, 1, 1, 1)
+    nats = torch.where(at_zero, -likelihood.log(), kl)  # (B, T, C, H, W)
     return nats.flatten(1).mean(1) / math.log(2)
 
 
 def diffusion_loss(model, schedule, batch, t, noise, drop, lambda_ex=1.0):
-    """(weighted squared error (B,), bound (B,)), whose sum is trained. batch: of `data.Rows`; t
-    (B,), one for all frames of a row (paper silent); drop (B,): rows that lose their conditions."""
+    """(weighted squared error (B,), bound (B,)); their sum is minimised. batch: of `data.Rows`. t
+    (B,): one for all frames of a row (paper silent). drop (B,): rows that lose their conditions."""
     x0 = batch["latents"]
     xt = schedule.add_noise(x0, noise, t)
     conditioning = model.mapping(batch["scene"], batch["landmarks"], drop)  # (B, T, D)
-    predicted, v = model(xt, t, conditioning).float().chunk(2, 2)  # (B, T, C, H, W) each
+    output = model(xt, t, conditioning).float()  # (B, T, 2C, H, W)
+    predicted, variance_mix = output.chunk(2, 2)
 
     # paper 4.1: "expressive landmark pixels are assigned a weight of (1 + lambda_ex)"; paper
     # silent: not divided by the sum of the weights
     weight = 1 + lambda_ex * batch["mask"][:, :, None]  # (B, T, 1, H, W)
     error = (weight * (predicted - noise) ** 2).flatten(1).mean(1)  # (B,)
     if model.config.prediction == "v":
-        # epsilon's error is sqrt(alpha_bar) times v's: this is the squared error of v
+        # (predicted - noise)^2 = alpha_bar * (v's error)^2: divided, it is the error of v
         error = error / schedule.at(schedule.alpha_bar, t, error)
 
-    return error, variational_bound(schedule, x0, xt, predicted.detach(), v, t)
+    return error, variational_bound(schedule, x0, xt, predicted.detach(), variance_mix, t)
 
 
 class Objective(nn.Module):
@@ -169,7 +171,7 @@ class Objective(nn.Module):
 def sample_noise(seed, step, shape, p_drop):
     """A function of (seed, step) alone: timesteps (B,), uniform over 0..999; noise of `shape`
     (B, ...); drop (B,), true with probability `p_drop`."""
-    g = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    g = torch.Generator().manual_seed(seed * 1_000_003 + step)  # a prime: seeds do not overlap
     t = torch.randint(NoiseSchedule.steps, shape[:1], generator=g)
     return t, torch.randn(shape, generator=g), torch.rand(shape[0], generator=g) < p_drop
 
@@ -195,7 +197,8 @@ def learning_rate(step, steps, warmup):
 
 @torch.no_grad()
 def update_ema(ema, model, step, decay):
-    """Exponential moving average of the weights, which follows closely at first."""
+    """Exponential moving average of the weights, which follows closely at first. (Buffers are
+    constants.)"""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
@@ -222,9 +225,9 @@ def start_processes():
 
 def build_model(rows, size, frames, prediction="epsilon"):
     """An untrained SDiT for a cache, with its latent shape, frozen models and statistics."""
-    passed = "latent_channels", "latent_size", "scene_width", "autoencoder", "clip"
-    passed += "autoencoder_sha256", "clip_sha256"
-    settings = {name: rows.about[name] for name in passed}
+    shapes = "latent_channels", "latent_size", "scene_width"
+    frozen = "autoencoder", "clip", "autoencoder_sha256", "clip_sha256"
+    settings = {name: rows.about[name] for name in shapes + frozen}
     buffers = rows.statistics()
     settings["scene_mean"] = [round(x, 5) for x in buffers["scene_mean"].tolist()]
     model = sdit.SDiT(sdit.make_config(size, frames, prediction=prediction, **settings))
@@ -248,9 +251,9 @@ def init_weights(model, path):
             f"{path}: weights of an image model without our metadata, taken as DiT's; those are "
             f"licensed CC BY-NC 4.0, not for commercial use, and so is what is trained from them"
         )
-    for part in ("autoencoder", "clip"):
+    for part in ("autoencoder", "clip") if config else ():
         here, there = getattr(model.config, part), config.get(part)
-        if config and config.get(f"{part}_sha256") != getattr(model.config, f"{part}_sha256"):
+        if config.get(f"{part}_sha256") != getattr(model.config, f"{part}_sha256"):
             print(f"note: {path} was trained with another {part} ({there}) than the cache ({here})")
     sdit.fill(model, tensors, path)
 
@@ -262,7 +265,7 @@ def build_networks(a, rows, device):
         init_weights(model, a.init)
     model.to(device)
     if a.world > 1:
-        for buffer in model.buffers():  # another processor may flip the components' signs
+        for buffer in model.buffers():  # signs of principal components differ between machines
             dist.broadcast(buffer, 0)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = build_optimizer(model, a.lr, a.mapping_lr, a.weight_decay)
@@ -272,25 +275,29 @@ def build_networks(a, rows, device):
 
 def build_objective(model, schedule, a):
     """The loss to call: its blocks compiled, its gradients averaged over the processes."""
-    cuda = schedule.beta.is_cuda
-    if cuda if a.compile is None else a.compile:
-        torch._dynamo.config.optimize_ddp = False  # it would cut a block in three
+    compiled = schedule.beta.is_cuda if a.compile is None else a.compile
+    if compiled:
+        torch._dynamo.config.optimize_ddp = False  # else DDP cuts each compiled block in three
         for block in model.blocks:  # one compilation serves all
             block.compile()
     objective = Objective(model, schedule, a.lambda_ex)
     if a.world == 1:
         return objective
-    warnings.filterwarnings("ignore", "`broadcast_buffers`")  # older PyTorch has no other name
+    warnings.filterwarnings("ignore", "`broadcast_buffers`")  # deprecated; older PyTorch needs it
     return DistributedDataParallel(objective, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
-def load_batches(rows, a, start, parts, device):
-    """The rows of each forward pass, on the device; `parts`: first rows in the batch of a step."""
-    firsts = (step * a.batch + part for step in range(start, a.steps) for part in parts)
+def load_batches(rows, a, start, passes, device):
+    """The rows of each forward pass, on the device. `passes`: slices of the batch of a step."""
+    ranges = (
+        range(step * a.batch + part.start, step * a.batch + part.stop)
+        for step in range(start, a.steps)
+        for part in passes
+    )
     cuda = device.type == "cuda"
     loader = DataLoader(
         rows,
-        batch_sampler=(range(first, first + parts.step) for first in firsts),
+        batch_sampler=ranges,
         num_workers=4 * cuda if a.workers is None else a.workers,
         pin_memory=cuda,
         worker_init_fn=data.end_with_parent,
@@ -314,6 +321,8 @@ def load_batches(rows, a, start, parts, device):
 
 
 def train(a, rows):
+    """Rows, noise and timesteps are functions of (seed, step) alone. So the result does not depend,
+    but for rounding, on the number of processes, and a run that was stopped goes on exactly."""
     device = start_processes()
     a.precision = a.precision or ("bf16" if sdit.has_bf16(device.type) else "fp32")
     a.recipe = {name: getattr(a, name) for name in RECIPE}
@@ -327,10 +336,12 @@ def train(a, rows):
     model, ema, optimizer = networks
     objective = build_objective(model, NoiseSchedule(device), a)
     run = Run(a, rows, networks, start, device)
-    # of the rows of a step, this process works through its share in parts
-    share = a.batch // a.world
-    parts = range(a.rank * share, (a.rank + 1) * share, share // a.accumulate)
-    batches = load_batches(rows, a, start, parts, device)
+
+    # the rows of a step that this process works through, some at a time
+    size = a.batch // a.world // a.accumulate
+    first = a.rank * a.accumulate
+    passes = [slice(k * size, (k + 1) * size) for k in range(first, first + a.accumulate)]
+    batches = load_batches(rows, a, start, passes, device)
     shape = (a.batch, *rows[0]["latents"].shape)  # (B, T, C, H, W), of all processes
 
     with run.saver, tqdm(total=a.steps, initial=start, unit="step", disable=a.rank > 0) as bar:
@@ -340,13 +351,12 @@ def train(a, rows):
             sampled = sample_noise(a.seed, step, shape, a.drop)
 
             optimizer.zero_grad()
-            for first in parts:
+            for part in passes:
                 batch = next(batches)
-                mine = slice(first, first + parts.step)
-                t, noise, drop = (data.send(x[mine], device) for x in sampled)
+                t, noise, drop = (data.send(x[part], device) for x in sampled)
 
-                # processes average their gradients after the last part, as with no_sync()
-                objective.require_backward_grad_sync = first == parts[-1]
+                # processes average their gradients after the last pass, as with no_sync()
+                objective.require_backward_grad_sync = part == passes[-1]
                 with autocast:
                     error, bound = objective(batch, t, noise, drop)
                 ((error + bound).mean() / a.accumulate).backward()
@@ -402,7 +412,9 @@ class Run:
         saving = step == a.steps or a.save_minutes == 0
         idle = self.saver.writing.done()
         due = idle and time.monotonic() - self.saved >= a.save_minutes * 60
-        asking = step % 10 == 0 if a.world > 1 else self.signals or due
+        asking = self.signals or due
+        if a.world > 1:  # they ask each other
+            asking = step % 10 == 0
         if not (logging or saving or asking):
             return False
 
@@ -421,14 +433,15 @@ class Run:
         return True
 
     def log_step(self, step):
-        """A line of text, and the same in RUN/log.jsonl. mse: weighted, over all t, and by quarters
-        of t."""
+        """A line of text, and the same in RUN/log.jsonl. mse: the weighted error (with --prediction
+        v, of v), over all t and by quarters of t."""
         if not self.logging:
             return
-        a, entry = self.a, dict(step=step, **self.meter.means(), norm=self.norm)
+        a, means = self.a, self.meter.means()  # all processes take part in it
         if a.rank > 0:
             return
 
+        entry = dict(step=step, **means, norm=self.norm)
         rate = (step - self.logged) * a.batch / self.meter.lap()
         tflops = rate * self.flops / 1e12
         entry |= dict(lr=self.networks[2].param_groups[0]["lr"], rows_per_s=rate, tflops=tflops)
@@ -467,13 +480,13 @@ def log_text(entry):
 # --------------------------------------------------------------------------------------------------
 # States on disk
 
-NOTHING_SAVED = "nothing was saved over; start again with a lower --lr and another --out"
+NOTHING_SAVED = "the last state is intact; start again with a lower --lr and another --out"
 
 
 class Saver(ThreadPoolExecutor):
     """A thread that writes RUN/model.safetensors (the EMA weights) and RUN/state-STEP.pt (the last
-    two stay). A step waits only for the copy to host memory, a second save for the first, and the
-    end of the context for all."""
+    two stay). A step waits only for the copy to host memory. A second save waits for the first. The
+    end of the context waits until all is written."""
 
     def __init__(self, out):
         super().__init__(1)
@@ -511,7 +524,7 @@ class Saver(ThreadPoolExecutor):
         return tree_map_only(torch.Tensor, lambda _: next(copies), state)
 
     def write(self, state, config):
-        """The model first: a run whose last state is there counts as finished."""
+        """The model first: where the last state exists, so does its model."""
         model, path = self.out / "model.safetensors", self.out / f"state-{state['step']:08d}.pt"
         sdit.write_tensors(model, state["ema"], dataclasses.asdict(config))
         with sdit.atomic(path) as temporary:
@@ -522,7 +535,7 @@ class Saver(ThreadPoolExecutor):
 
 
 def states(out):
-    """States of a run, the newest last; not what a user keeps beside them, as state-best.pt."""
+    """States of a run, the newest last. (A user may keep a state-best.pt beside them.)"""
     return sorted(p for p in out.glob("state-*.pt") if re.fullmatch(r"state-\d+\.pt", p.name))
 
 
@@ -601,9 +614,9 @@ class Preview:
 
         with self.autocast:
             conditions = [model.mapping(self.batch["scene"], self.batch["landmarks"])]
-            settings = sample.Settings(20, "ddim")
+            settings = sample.Settings(steps=20, sampler="ddim")
             # (rows, T, C, H, W)
-            made = sample.sample_plain(model, self.noise, None, conditions, settings, None)
+            made = sample.sample_plain(model, self.noise, None, conditions, settings, anchor=None)
 
         pixels = [self.autoencoder.decode(z) for z in (self.batch["latents"], made)]
         pictures = torch.stack(pixels, 1).flatten(0, 2)  # (rows * 2 * T, 3, h, w)
@@ -633,7 +646,7 @@ PEAKS |= dict.fromkeys(A100, 312)
 def row_flops(config):
     """Floating-point operations of one training row: 3 times those of the forward pass."""
     D, N, T = config.width, config.tokens, config.frames
-    # a frame: linear layers, attention, modulation
+    # a frame in a block: linear layers, attention, modulation; before and after the blocks: patches
     block = 24 * D**2 * N + 4 * D * N**2 * T + 12 * D**2
     ends = 6 * N * config.patch**2 * config.latent_channels * D
     return 3 * T * (config.depth * block + ends)

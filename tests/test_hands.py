@@ -403,7 +403,7 @@ def test_small_words(cache, tmp_path, monkeypatch):  # noqa: F811
         run(cache, tmp_path / "run", monkeypatch, "--steps", "8")
     with pytest.raises(sdit.UserError, match="--autoencoder sd-vae-ft-mse --clip ViT-L-14"):
         data.Rows(tmp_path / "none", 8)
-    with pytest.raises(sdit.UserError, match="no sensible size after step 1; nothing was saved over"):
+    with pytest.raises(sdit.UserError, match="no sensible size after step 1; the last state is intact"):
         run(cache, tmp_path / "wild", monkeypatch, "--lr", "1e30", "--save-minutes", "0")
     assert not list((tmp_path / "wild").glob("*.safetensors"))
 

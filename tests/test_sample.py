@@ -38,7 +38,7 @@ def test_rows_are_wide_and_take_any_anchor():
     rows, keep = sample.plan_rows(29, 8)
     assert len(rows) == 4 and keep.all(1)[0]                                    # 4 * 7 + 1 frames: nothing is repeated in row 0
     assert all(row[0] < 4 and row[-1] > 24 for row in rows)
-    rows, _ = sample.plan_rows(12, 4, anchor=6)
+    rows, _ = sample.plan_rows(12, 4, anchor_frame=6)
     assert (rows[:, 2] == 6).all() and len(rows) == 5
     assert len(sample.plan_rows(12, 4)[0]) == 4
     with pytest.raises(sdit.UserError, match="cannot share"):

@@ -251,7 +251,7 @@ def test_the_average_follows_without_gradients(cache, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_before_saving(cache, tmp_path, monkeypatch):
-    with pytest.raises(sdit.UserError, match="not finite at step 2; nothing was saved over"):
+    with pytest.raises(sdit.UserError, match="not finite at step 2; the last state is intact"):
         run(cache, tmp_path / "run", monkeypatch, "--lr", "1e30", "--log-every", "4", "--save-minutes", "9")
     assert not list((tmp_path / "run").glob("*.pt"))
     loss = train.diffusion_loss
