@@ -1532,8 +1532,8 @@ def launcher():
 
 
 def leave(code, text):
-    """End this process with one sentence. Under torchrun, of several ranks that fail alike one
-    speaks, and ends the launcher, which would add a traceback; the ranks follow it."""
+    """End this process with one sentence. Under torchrun one rank speaks and ends the launcher, which
+    would add a traceback (not by SIGKILL: 137 is taken for a lack of memory); the ranks follow."""
     try:
         if SAID:
             SAID.touch(exist_ok=False)
@@ -1545,7 +1545,7 @@ def leave(code, text):
         print(text, file=sys.stderr, flush=True)
     flush()
     if code < 128 and (above := launcher()):
-        os.kill(above, signal.SIGKILL)
+        os.kill(above, signal.SIGUSR1)
     sys.exit(code)
 
 
