@@ -260,7 +260,7 @@ def test_a_loss_that_is_not_finite_stops_before_saving(cache, tmp_path, monkeypa
         error, bound = loss(*given)
         return error + (error - error.detach()).abs().sqrt(), bound
     monkeypatch.setattr(train, "diffusion_loss", steep)
-    with pytest.raises(sdit.UserError, match="not finite at step 1; nothing"):
+    with pytest.raises(sdit.UserError, match="not finite at step 1; the last state"):
         run(cache, tmp_path / "run", monkeypatch, "--save-minutes", "0")
     assert not list((tmp_path / "run").glob("*.pt")) and not (tmp_path / "run" / "model.safetensors").exists()
 
