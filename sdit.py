@@ -89,7 +89,7 @@ class SDiTConfig:
 
 # Depth, width and heads of DiT (paper 4.1 names "sDiT-XL"; its numbers are DiT-XL's)
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-DEMO_SIZE = dict(depth=6, width=160, heads=4, latent_channels=6, latent_size=16, scene_width=128)
+DEMO_SIZE = dict(depth=6, width=192, heads=6, latent_channels=16, latent_size=16, scene_width=128)
 
 
 def make_config(name, frames=8, **rest):

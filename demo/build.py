@@ -59,7 +59,7 @@ class Recipe:
     clip_steps: int = 4000
     unseen: int = 1200                             # faces that CLIP is judged by
     processes: int = 2 if device == "cpu" and os.cpu_count() > 1 else 1         # of the sDiT's training
-    runs: tuple = ((1, 100_000, 32, 2.4e-3), (4, 100_000, 16, 1.2e-3))          # of the sDiT: frames, steps, rows a step, learning rate
+    runs: tuple = ((1, 100_000, 32, 1.8e-3), (4, 100_000, 16, 1e-3))          # of the sDiT: frames, steps, rows a step, learning rate
 
 
 QUICK = Recipe(folder=DEMO / "build" / "quick", clips=160, frames=8, paintings=16, render=72, size=64, autoencoder_clips=160, clip_clips=160,
@@ -461,7 +461,7 @@ def build_sdit(recipe):
         out = recipe.folder / f"sdit-{frames}"
         run("train.py", "--data", f"{recipe.folder / 'cache'}:0.9", f"{recipe.folder / 'painted-cache'}:0.1", processes=recipe.processes,
             size="demo", frames=frames, out=out, steps=steps, batch=batch, lr=lr, mapping_lr=lr, warmup=min(500, steps // 10),
-            prediction="v", ema=0.9995, **start)
+            prediction="v", ema=0.9995, save_minutes=5, **start)
         start = dict(init=out / "model.safetensors")
 
 

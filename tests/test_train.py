@@ -397,7 +397,7 @@ def test_start_from_other_weights(cache, tmp_path, monkeypatch, capsys):
     train.init_weights(fresh, tmp_path / "DiT.pt")
     assert "not for commercial use" in capsys.readouterr().out
     assert all(torch.equal(v, before[k] if k.startswith("mapping.") else image[k]) for k, v in fresh.state_dict().items())
-    with pytest.raises(sdit.UserError, match=r"does not fit this network: x_embedder.proj.weight is \(160, 6, 2, 2\), expected \(384, 4, 2, 2\)"):
+    with pytest.raises(sdit.UserError, match=r"does not fit this network: x_embedder.proj.weight is \(192, 16, 2, 2\), expected \(384, 4, 2, 2\)"):
         train.init_weights(sdit.SDiT(sdit.make_config("S/2", 4)), tmp_path / "ours.safetensors")
     run(cache, tmp_path / "run", monkeypatch, "--init", str(tmp_path / "DiT.pt"))
     for name in ("DiT.pt", "ours.safetensors"):
