@@ -1,20 +1,17 @@
 """Export of the denoiser for fast inference: TorchScript, ONNX, TensorRT, with the override of the
 anchor inside the graph (paper 3.2).
 
-    # the bundled model -> export/demo-4-onnx-fp32
-    python export.py --onnx
-    # -> export/XL-2-8-trt-bf16, on the GPU that will run it
-    python export.py --trt --model runs/XL-2-8/model.safetensors
-    python sample.py --engine export/demo-4-onnx-fp32                    # sample with it
-    python export.py --bench                                             # how fast each is here
+    python export.py --onnx                            # the demo's -> export/demo-4-onnx-fp32
+    python sample.py --engine export/demo-4-onnx-fp32  # sample with it
+    python export.py --trt --model runs/XL-2-8/model.safetensors  # on the GPU that will run it
+    python export.py --bench                           # how fast each is here
 
 Two forms of the same weights. `override` is the paper's rule: the SDiT as it is. `packed`, the
 default, is the same function with one copy of the anchor: linear layers see every frame once, at
 the price of two attentions a block. It also returns the anchor's keys and values. A second graph,
 `rest`, reads them and computes all rows but row 0, so a video may have any length.
 
-Every export is compared with the model in float32 PyTorch before it gets its name; above tolerance
-nothing is written."""
+An export gets its name only after it agrees with the model in float32 PyTorch."""
 
 import contextlib
 import copy
@@ -45,8 +42,111 @@ DEMO = Path(__file__).resolve().parent / "demo"
 PRECISIONS = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
 # --------------------------------------------------------------------------------------------------
-# The graphs. G is the number of guidance branches: 1, or 2, conditional and unconditional. Inside,
-# every branch b of a row is a row of its own, and branches do not read each other's anchor
+# The graphs. Of every row there are G guidance branches: 1, or 2, conditional and unconditional.
+# They are rows of their own inside, and each has its own anchor
+
+
+class Graph(nn.Module):
+    """The SDiT, and classifier-free guidance. This form has no anchor, to compare with."""
+
+    def __init__(self, model, branches=2):
+        super().__init__()
+        self.model, self.branches = model, branches
+
+    def forward(self, latents, timesteps, conditioning, anchor, guidance, anchor_kv=None):
+        """latents (B, T, C, H, W), timesteps (B,), conditioning (B, G, T, D), anchor and guidance
+        scalars -> guided noise, and the conditional branch's sigma, (B, T, 2C, H, W)."""
+        B, G = latents.shape[0], self.branches
+        x = latents.unsqueeze(1).expand(-1, G, -1, -1, -1, -1).flatten(0, 1)  # (BG, T, C, H, W)
+        t = timesteps.unsqueeze(1).expand(-1, G).flatten()  # (BG,)
+        c = conditioning.flatten(0, 1)  # (BG, T, D)
+        output, *kv = self.denoise(x, t, c, B, anchor, anchor_kv)  # (BG, T, 2C, H, W)
+
+        noise, sigma = output.unflatten(0, (-1, G)).chunk(2, 3)  # (B, G, T, C, H, W)
+        if G == 2:
+            noise = noise[:, 1:] + guidance * (noise[:, :1] - noise[:, 1:])
+        output = torch.cat([noise[:, 0], sigma[:, 0]], 2)
+        return output.to(latents.dtype), *kv
+
+    def denoise(self, x, t, c, B, anchor, anchor_kv):
+        return (self.model.denoise(x, t, c, self.model.time_position),)
+
+
+class Override(Graph):
+    """The paper's rule: the anchor of every row is replaced by row 0's after the embedding and
+    after every block (Eq. 3)."""
+
+    def denoise(self, x, t, c, B, anchor, anchor_kv):
+        def override(x):
+            x = x.unflatten(0, (-1, self.branches))  # (B, G, T, ...)
+            return sdit.override(x, anchor, axis=2).flatten(0, 1)
+
+        return (self.model.denoise(x, t, c, self.model.time_position, override),)
+
+
+class Packed(Graph):
+    """The same function as `Override` with one copy of the anchor: what rows 1.. compute for theirs
+    is thrown away by the override. Frames are packed, each as a row of its own: first the anchor of
+    each branch, then the T - 1 others of row 0, branch by branch, then those of row 1 ..."""
+
+    def denoise(self, x, t, c, B, anchor, anchor_kv):
+        """Also returns the anchor's keys and values, (depth, 2, G, heads, N, d)."""
+        model, G, T = self.model, self.branches, self.model.config.frames
+        others = other_slots(anchor, T)
+
+        def pack(x):  # (BG, T, ...) -> (G + BG(T - 1), 1, ...)
+            anchors = x[:G].index_select(1, anchor.view(1))
+            return torch.cat([anchors, x.index_select(1, others).flatten(0, 1).unsqueeze(1)])
+
+        t = pack(t.unsqueeze(1).expand(-1, T)).squeeze(1)
+        time_position = pack(model.time_position.expand(B * G, -1, -1))
+        bank = PackedBank(B, G, T)
+        x = model.denoise(pack(x), t, pack(c), time_position, bank=bank)
+
+        # unpack: the anchor comes first now, and the slots before it one later
+        rest = x[G:].squeeze(1).unflatten(0, (-1, T - 1))  # (BG, T - 1, 2C, H, W)
+        x = torch.cat([tile(x[:G], B), rest], 1)
+        slots = torch.arange(T, device=anchor.device)
+        place = torch.where(slots == anchor, 0, slots + (slots < anchor).long())
+        return x.index_select(1, place), torch.stack(bank.written)
+
+
+class PackedBank(sdit.AnchorBank):
+    """Attention among the frames that `Packed` packs, and the keys and values of their anchors."""
+
+    def __init__(self, rows, branches, frames):
+        super().__init__()
+        self.rows, self.branches, self.frames = rows, branches, frames
+
+    def attend(self, q, k, v, N):
+        """Over (G + BG(T - 1), heads, N, d)."""
+        G, tokens = self.branches, (self.frames - 1) * N
+        self.written.append(torch.stack([k[:G], v[:G]]))  # (2, G, heads, N, d)
+
+        def complete(x):  # keys or values of whole rows: (BG, heads, TN, d)
+            return torch.cat([tile(x[:G], self.rows), regroup(x[G:], tokens)], 2)
+
+        k, v = complete(k), complete(v)
+        anchors = sdit.attend(q[:G], k[:G], v[:G])  # they are frames of row 0
+        others = sdit.attend(regroup(q[G:], tokens), k, v)  # (BG, heads, (T - 1)N, d)
+        return torch.cat([anchors, regroup(others, N)])
+
+
+class Rest(Graph):
+    """Rows without their anchor, T - 1 frames each; they read the keys and values `anchor_kv`
+    (depth, 2, G, heads, N, d) of one made elsewhere."""
+
+    def denoise(self, x, t, c, B, anchor, anchor_kv):
+        others = other_slots(anchor, self.model.config.frames)
+        time_position = self.model.time_position.index_select(0, others)
+        bank = sdit.AnchorBank(kv=(tile(kv, B, 1) for kv in anchor_kv.unbind(0)))
+        return (self.model.denoise(x, t, c, time_position, bank=bank),)
+
+
+def other_slots(anchor, T):
+    """The T - 1 slots that are not the anchor."""
+    slots = torch.arange(T - 1, device=anchor.device)
+    return slots + (slots >= anchor).long()
 
 
 def tile(x, B, axis=0):
@@ -56,123 +156,10 @@ def tile(x, B, axis=0):
     return x.unsqueeze(axis).expand(sizes).flatten(axis, axis + 1)
 
 
-class Graph(nn.Module):
-    """The SDiT and classifier-free guidance. This form has no anchor, to compare with."""
-
-    def __init__(self, model, branches=2):
-        super().__init__()
-        self.model, self.branches = model, branches
-
-    def forward(self, latents, timesteps, conditioning, anchor, guidance):
-        """latents (B, T, C, H, W), timesteps (B,), conditioning (B, G, T, D), anchor and guidance
-        scalars -> (B, T, 2C, H, W): guided noise, and the conditional branch's sigma."""
-        time_position = self.model.time_position
-        return self.guided(latents, timesteps, conditioning, guidance, time_position)
-
-    def guided(self, latents, timesteps, conditioning, guidance, time_position, **sharing):
-        rows = self.split_branches(latents, timesteps, conditioning)
-        output = self.model.denoise(*rows, time_position, **sharing)
-        return self.guide(output, guidance, latents.dtype)
-
-    def split_branches(self, latents, timesteps, conditioning):
-        """-> (BG, T, C, H, W), (BG,), (BG, T, D)."""
-        G = self.branches
-        latents = latents.unsqueeze(1).expand(-1, G, -1, -1, -1, -1)
-        timesteps = timesteps.unsqueeze(1).expand(-1, G)
-        return (x.flatten(0, 1) for x in (latents, timesteps, conditioning))
-
-    def guide(self, output, guidance, dtype):
-        """(BG, T, 2C, H, W) -> (B, T, 2C, H, W)."""
-        noise, sigma = output.unflatten(0, (-1, self.branches)).chunk(2, 3)  # (B, G, T, C, H, W)
-        if self.branches == 2:
-            noise = noise[:, 1:] + guidance * (noise[:, :1] - noise[:, 1:])
-        return torch.cat([noise[:, 0], sigma[:, 0]], 2).to(dtype)
-
-    def others(self, anchor):
-        """The T - 1 slots that are not the anchor."""
-        slots = torch.arange(self.model.config.frames - 1, device=anchor.device)
-        return slots + (slots >= anchor).long()
-
-
-class Override(Graph):
-    """The paper's rule: the anchor of every row is replaced by row 0's after the embedding and
-    after every block (Eq. 3)."""
-
-    def forward(self, latents, timesteps, conditioning, anchor, guidance):
-        def override(x):  # (BG, T, ...)
-            x = x.unflatten(0, (-1, self.branches))  # (B, G, T, ...)
-            return sdit.override(x, anchor, axis=2).flatten(0, 1)
-
-        time_position = self.model.time_position
-        inputs = latents, timesteps, conditioning, guidance, time_position
-        return self.guided(*inputs, override=override)
-
-
-class Packed(Graph):
-    """The same function as `Override` with one copy of the anchor: what rows 1.. compute for theirs
-    is thrown away by the override. Frames are packed, each as a row of its own: first the anchor of
-    each branch, then the T - 1 others of row 0, branch by branch, then those of row 1 ..."""
-
-    def forward(self, latents, timesteps, conditioning, anchor, guidance):
-        """As `Graph.forward`; also the anchor's keys and values, (depth, 2, G, heads, N, d)."""
-        B, G, T = latents.shape[0], self.branches, self.model.config.frames
-        others = self.others(anchor)
-
-        def pack(x):  # (BG, T, ...) -> (G + BG(T - 1), 1, ...)
-            anchors = x[:G].index_select(1, anchor.view(1))
-            return torch.cat([anchors, x.index_select(1, others).flatten(0, 1).unsqueeze(1)])
-
-        x, t, c = self.split_branches(latents, timesteps, conditioning)
-        t = t.unsqueeze(1).expand(-1, T)  # (BG, T)
-        time_position = self.model.time_position.expand(B * G, -1, -1)  # (BG, T, D)
-        bank = PackedBank(B, G, T)
-        packed = pack(x), pack(t).squeeze(1), pack(c), pack(time_position)
-        x = self.model.denoise(*packed, bank=bank)  # (G + BG(T - 1), 1, 2C, H, W)
-
-        # the anchor comes first now, and the slots before it one later
-        x = torch.cat([tile(x[:G], B), x[G:].unflatten(0, (-1, T - 1)).squeeze(2)], 1)
-        slots = torch.arange(T, device=anchor.device)
-        place = torch.where(slots == anchor, 0, slots + (slots < anchor).long())
-        x = x.index_select(1, place)  # (BG, T, 2C, H, W)
-        return self.guide(x, guidance, latents.dtype), torch.stack(bank.written)
-
-
-class PackedBank(sdit.AnchorBank):
-    """Attention among frames packed by `Packed`; keeps the keys and values of the anchors."""
-
-    def __init__(self, rows, branches, frames):
-        super().__init__()
-        self.rows, self.branches, self.frames = rows, branches, frames
-
-    def attend(self, q, k, v, N):
-        """Over (G + BG(T - 1), heads, N, d)."""
-        B, G, tokens = self.rows, self.branches, (self.frames - 1) * N
-        self.written.append(torch.stack([k[:G], v[:G]]))  # (2, G, heads, N, d)
-
-        queries = regroup(q[G:], tokens)  # (BG, heads, (T - 1)N, d)
-        keys, values = (
-            torch.cat([tile(x[:G], B), regroup(x[G:], tokens)], 2) for x in (k, v)
-        )  # (BG, heads, TN, d)
-        anchors = sdit.attend(q[:G], keys[:G], values[:G])  # the anchor is a frame of row 0
-        others = sdit.attend(queries, keys, values)
-        return torch.cat([anchors, regroup(others, N)])
-
-
 def regroup(x, tokens):
     """(rows, heads, n, d) -> the same in rows of `tokens` tokens, (.., heads, tokens, d)."""
     x = x.transpose(1, 2)  # (rows, n, heads, d)
     return x.reshape(-1, tokens, *x.shape[2:]).transpose(1, 2)
-
-
-class Rest(Graph):
-    """Rows without their anchor, which read the keys and values of one made elsewhere."""
-
-    def forward(self, latents, timesteps, conditioning, anchor, guidance, anchor_kv):
-        """latents (B, T - 1, C, H, W), conditioning (B, G, T - 1, D), anchor_kv (depth, 2, G,
-        heads, N, d) -> (B, T - 1, 2C, H, W)."""
-        time_position = self.model.time_position.index_select(0, self.others(anchor))
-        bank = sdit.AnchorBank(kv=(tile(kv, latents.shape[0], 1) for kv in anchor_kv.unbind(0)))
-        return self.guided(latents, timesteps, conditioning, guidance, time_position, bank=bank)
 
 
 FORMS = dict(unanchored=Graph, override=Override, packed=Packed, rest=Rest)
@@ -204,6 +191,13 @@ def example(config, form, rows, branches=2, anchor=0, t=500, seed=0, device="cpu
 def cast(inputs, dtype):
     """Inputs by name in a graph's precision; integers stay."""
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def trace_inputs(graph, form):
+    """Inputs on the graph's device and in its precision. (PyTorch takes 1 row for a constant.)"""
+    position = graph.model.position
+    inputs = example(graph.model.config, form, 3, graph.branches, device=position.device)
+    return cast(inputs, position.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -249,13 +243,9 @@ def write_onnx(graph, form, folder):
     """FORM.onnx, and its weights FORM.onnx.data, in a folder. Returns the path."""
     import onnx
 
-    position = graph.model.position
-    inputs = example(graph.model.config, form, 3, graph.branches, device=position.device)
-    inputs = cast(inputs, position.dtype)
-
     # in two steps: the ONNX exporter by itself fixes the rows, silently, where it cannot keep them
     # open; torch.export raises
-    rows = torch.export.Dim("rows", min=1, max=1024)
+    inputs, rows = trace_inputs(graph, form), torch.export.Dim("rows", min=1, max=1024)
     shapes = {name: {0: rows} if name in OPEN else None for name in inputs}
     with Portable():
         program = torch.export.export(graph, (), inputs, dynamic_shapes=shapes)
@@ -280,9 +270,7 @@ def write_onnx(graph, form, folder):
 
 def write_torchscript(graph, form, folder):
     """FORM.ts, traced and frozen; its path. (Deprecated by PyTorch, which still runs it.)"""
-    position, path = graph.model.position, folder / f"{form}.ts"
-    inputs = example(graph.model.config, form, 3, graph.branches, device=position.device)
-    inputs = tuple(cast(inputs, position.dtype).values())
+    path, inputs = folder / f"{form}.ts", tuple(trace_inputs(graph, form).values())
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(graph, inputs, check_trace=False)
@@ -291,9 +279,8 @@ def write_torchscript(graph, form, folder):
 
 
 def build_plan(trt, path, plan, rows, timing_cache=None):
-    """Build the TensorRT engine `plan` of an ONNX graph, for 1 to rows[1] rows and best at rows[0],
-    with TensorRT 10.12 to 11; `trt` is the module. Types are those of the graph (strongly typed).
-    Timings of kernels are kept in the file `timing_cache`."""
+    """Build the engine `plan` of an ONNX graph, for 1 to rows[1] rows and best at rows[0], with the
+    module `trt`, TensorRT 10.12 to 11. The file `timing_cache` keeps the timings of kernels."""
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -325,31 +312,25 @@ def build_plan(trt, path, plan, rows, timing_cache=None):
 
 def import_tensorrt(device):
     """The module; UserError where it, or the GPU that it builds for and runs on, is not there."""
-    try:
+    with contextlib.suppress(ImportError):
         import tensorrt
-    except ImportError:
-        raise UserError(
-            "TensorRT is not installed: pip install tensorrt --extra-index-url "
-            "https://pypi.nvidia.com, on a machine with an NVIDIA GPU; --onnx works without"
-        ) from None
-    if device.type != "cuda":
-        raise UserError(
-            "TensorRT builds for the NVIDIA GPU that it runs on, and there is none here; --onnx "
-            "works without"
-        )
-    return tensorrt
+
+        if device.type == "cuda":
+            return tensorrt
+    raise UserError(
+        "TensorRT builds for the NVIDIA GPU that it runs on: choose one by --device, and pip "
+        "install tensorrt --extra-index-url https://pypi.nvidia.com; --onnx works without"
+    )
 
 
 # --------------------------------------------------------------------------------------------------
-# Running graphs. A runner takes inputs by name, any precision, and returns a tuple of outputs, all
-# of them on the device
+# Running graphs. A runner takes inputs by name, in any precision, and returns a tuple of outputs
 
 
 def run_module(module, dtype, inputs):
     """PyTorch: a graph as it is, compiled, or loaded from TorchScript."""
     with torch.no_grad():
-        outputs = module(*cast(inputs, dtype).values())
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+        return module(*cast(inputs, dtype).values())
 
 
 def load_onnx(path, device):
@@ -369,43 +350,27 @@ def load_onnx(path, device):
         reason = str(e).partition("\n")[0]
         raise UserError(f"ONNX Runtime cannot run {path} on {device}: {reason}") from None
     if session.get_providers()[0] != provider:  # it falls back without an error
-        raise UserError(
-            f"this ONNX Runtime has no {provider}; install onnxruntime-gpu for the CUDA version of "
-            f"this PyTorch, or choose --device cpu"
-        )
+        cure = "install onnxruntime-gpu for PyTorch's CUDA version, or choose --device cpu"
+        raise UserError(f"this ONNX Runtime has no {provider}; {cure}")
     return session
 
 
-def run_onnx(session, inputs):
-    """Run on torch's own buffers. (bfloat16 needs a GPU.)"""
-    from onnx import TensorProto as P
+def run_onnx(session, dtype, inputs):
+    """Share tensors with ONNX Runtime, without a copy. (bfloat16 needs a GPU.)"""
+    from onnxruntime import OrtValue
 
-    types = {
-        "tensor(float)": (torch.float32, P.FLOAT),
-        "tensor(float16)": (torch.float16, P.FLOAT16),
-        "tensor(bfloat16)": (torch.bfloat16, P.BFLOAT16),
-        "tensor(int64)": (torch.int64, P.INT64),
-    }
-    rows, device = len(inputs["latents"]), inputs["latents"].device
-    binding, tensors = session.io_binding(), []
-
-    def bind(function, value, tensor):
-        where = device.type, device.index or 0, types[value.type][1]
-        function(value.name, *where, tuple(tensor.shape), tensor.data_ptr())
-        tensors.append(tensor)  # keeps its memory until the end
-
+    inputs, device = cast(inputs, dtype), inputs["latents"].device
+    binding = session.io_binding()
     for value in session.get_inputs():
-        tensor = inputs[value.name].to(types[value.type][0]).contiguous()
-        bind(binding.bind_input, value, tensor)
+        tensor = OrtValue.from_dlpack(inputs[value.name].contiguous())
+        binding.bind_ortvalue_input(value.name, tensor)
     for value in session.get_outputs():
-        shape = [rows if isinstance(n, str) else n for n in value.shape]
-        tensor = torch.empty(shape, dtype=types[value.type][0], device=device)
-        bind(binding.bind_output, value, tensor)
+        binding.bind_output(value.name, device.type, device.index or 0)
 
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # ONNX Runtime works on a stream of its own
     session.run_with_iobinding(binding)
-    return tuple(tensors[len(session.get_inputs()) :])
+    return tuple(torch.from_dlpack(value) for value in binding.get_outputs())
 
 
 def load_plan(trt, path, device):
@@ -414,16 +379,14 @@ def load_plan(trt, path, device):
         runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
         engine = runtime.deserialize_cuda_engine(Path(path).read_bytes())
         if engine is None:
-            raise UserError(
-                f"{path} was built by another version of TensorRT or for another GPU; export it "
-                f"again here"
-            )
+            reason = "was built by another version of TensorRT or for another GPU"
+            raise UserError(f"{path} {reason}; export it again here")
         return engine.create_execution_context(), torch.cuda.Stream(device)
 
 
 def run_plan(context, stream, dtype, inputs):
-    """Run on torch's own buffers, on a stream that is not the default one, where TensorRT would
-    wait for everything."""
+    """Run on PyTorch's buffers, on a stream of its own: on the default one TensorRT would wait for
+    everything."""
     names = {context.engine.get_tensor_name(i) for i in range(context.engine.num_io_tensors)}
     inputs = {k: v.contiguous() for k, v in cast(inputs, dtype).items() if k in names}
     device, rows = inputs["latents"].device, len(inputs["latents"])
@@ -432,10 +395,8 @@ def run_plan(context, stream, dtype, inputs):
     with torch.cuda.device(device):  # TensorRT runs on the current one
         for name, tensor in inputs.items():
             if not context.set_input_shape(name, tuple(tensor.shape)):
-                raise UserError(
-                    f"this engine was not built for {rows} rows; export it with --rows {rows} "
-                    f"{rows}"
-                )
+                cure = f"export it with --rows {rows} {rows}"
+                raise UserError(f"this engine was not built for {rows} rows; {cure}")
         shapes = {name: tuple(context.get_tensor_shape(name)) for name in OUTPUTS if name in names}
         outputs = {k: torch.empty(s, dtype=dtype, device=device) for k, s in shapes.items()}
         for name, tensor in (inputs | outputs).items():
@@ -457,7 +418,7 @@ def load_runner(kind, path, dtype, device):
             warnings.simplefilter("ignore")
             return functools.partial(run_module, torch.jit.load(path, map_location=device), dtype)
     if kind == "onnx":
-        return functools.partial(run_onnx, load_onnx(path, device))
+        return functools.partial(run_onnx, load_onnx(path, device), dtype)
     return functools.partial(run_plan, *load_plan(import_tensorrt(device), path, device), dtype)
 
 
@@ -473,8 +434,8 @@ class Engine:
     rest_runner: callable
 
     def first(self, x, t, conditions, anchor, guidance):
-        """Row 0, x (1, T, C, H, W), `conditions` (1, T, D) of one branch or two -> (guided output
-        (1, T, 2C, H, W), anchor_kv)."""
+        """Row 0, x (1, T, C, H, W), `conditions` (1, T, D) of each branch -> guided output (1, T,
+        2C, H, W), anchor_kv."""
         output, anchor_kv = self._run(self.first_runner, x, t, conditions, anchor, guidance)
         return output.to(x.dtype), anchor_kv
 
@@ -514,22 +475,15 @@ class Manifest:
     config: dict
     versions: dict
 
-    def is_sound(self):
-        typed = all(type(getattr(self, f.name)) is f.type for f in dataclasses.fields(self))
-        forms = {"packed", "rest"}, {"override"}
-        return typed and self.rows and self.precision in PRECISIONS and set(self.files) in forms
-
 
 def read_manifest(folder):
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         about = Manifest(**json.loads((folder / "manifest.json").read_text()))
-        if about.is_sound():
+        typed = all(type(getattr(about, f.name)) is f.type for f in dataclasses.fields(about))
+        known = typed and about.rows and about.precision in PRECISIONS
+        if known and set(about.files) in ({"packed", "rest"}, {"override"}):
             return about
-    except (OSError, ValueError, TypeError, RecursionError):
-        pass
-    raise UserError(
-        f"{folder} is not an export: it has no manifest.json of one; make it with export.py"
-    )
+    raise UserError(f"{folder} is not an export, by its manifest.json; make it with export.py")
 
 
 def load_engine(folder, model_sha256=None, device="cpu"):
@@ -537,14 +491,10 @@ def load_engine(folder, model_sha256=None, device="cpu"):
     folder, device = Path(folder), torch.device(device)
     about = read_manifest(folder)
     if model_sha256 and about.model_sha256 != model_sha256:
-        raise UserError(
-            f"{folder} was made of another model ({about.name}, sha256 {about.model_sha256[:12]}"
-            f"...); give that with --model, or export this one"
-        )
+        made_of = f"another model ({about.name}, sha256 {about.model_sha256[:12]}...)"
+        raise UserError(f"{folder} was made of {made_of}; give that as --model, or export this one")
     if "rest" not in about.files:
-        raise UserError(
-            f"{folder} holds the form override, made to be looked at; videos need --form packed"
-        )
+        raise UserError(f"{folder} holds the form override; videos need --form packed")
     config = sdit.check_config(sdit.SDiTConfig, about.config, folder / "manifest.json")
 
     for name, digest in about.sha256.items():
@@ -594,9 +544,8 @@ def relative_error(a, b):
 
 
 def verify(model, form, branches, run, most_rows=5):
-    """Largest error of a runner over rows, slots and timesteps, and what leaving out the anchor
-    would have cost in the same cases: an error far below it shows that the anchor is in the graph.
-    """
+    """Largest error of a runner over rows, slots and timesteps; and, as a control, the smallest
+    that a graph without the anchor would have there."""
     T, device = model.config.frames, model.position.device
     errors, control = [], []
     for seed, (rows, slot, t) in enumerate([(1, 0, 0), (2, T // 2, 500), (5, T - 1, 999)]):
@@ -610,9 +559,8 @@ def verify(model, form, branches, run, most_rows=5):
 
 
 def upcast(path, folder):
-    """A copy in `folder` of a bfloat16 ONNX graph, which computes in float32, its weights being
-    still those rounded to bfloat16: ONNX Runtime has no bfloat16 on CPUs, but can then run the
-    structure. Returns its path."""
+    """Copy a bfloat16 ONNX graph to `folder` with float32 in its place, weights still rounded: ONNX
+    Runtime has no bfloat16 on CPUs, but can run that. Returns the path."""
     import onnx
     from onnx import TensorProto as P
     from onnx import numpy_helper
@@ -640,32 +588,26 @@ def upcast(path, folder):
 
 
 def check(model, kind, path, form, precision, branches, device, rows):
-    """Compare one written graph with the model, print the errors, and raise UserError above
-    tolerance."""
+    """Compare a written graph with the model and print the error; UserError above tolerance."""
     dtype, note = PRECISIONS[precision], ""
     with tempfile.TemporaryDirectory() as scratch:
         if kind == "onnx" and precision == "bf16" and device.type == "cpu":
-            path = upcast(path, Path(scratch))
+            path, dtype = upcast(path, Path(scratch)), torch.float32
             note = " (weights in bf16, computed in float32: no bf16 in ONNX Runtime on a CPU)"
         run = load_runner(kind, path, dtype, device)
         error, control = verify(model, form, branches, run, rows[-1])
 
     tolerance = f"{TOLERANCE[precision]:.0e}"
     against = "" if control is None else f"; without the anchor it would be {control:.2g}"
-    print(
-        f"{form:9} {kind} {precision}: largest relative error {error:.2g}, tolerance {tolerance}"
-        f"{against}{note}"
-    )
+    found = f"largest relative error {error:.2g}, tolerance {tolerance}"
+    print(f"{form:9} {kind} {precision}: {found}{against}{note}")
     if not error <= TOLERANCE[precision]:
         raise UserError(
             f"the {form} graph differs from the model by {error:.2g}, more than {tolerance}; "
             f"nothing was written; try another --precision"
         )
     if control is not None and control < 10 * error:
-        print(
-            f"note: this model's anchor moves its output by {control:.2g} only, too little to tell "
-            f"an override from none (is it trained?)"
-        )
+        print("note: without the anchor the error would be hardly larger (is the model trained?)")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -676,10 +618,9 @@ def random_model(name, frames, seed=0):
     """A model of a named size with random weights, none of them zero, to measure with."""
     torch.manual_seed(seed)
     model = sdit.SDiT(sdit.make_config(name, frames))
-    for m in (*model.blocks, model.final_layer):
-        nn.init.normal_(m.adaLN_modulation[1].weight, std=0.02)
-        nn.init.normal_(m.adaLN_modulation[1].bias, std=0.1)
-    nn.init.xavier_uniform_(model.final_layer.linear.weight)
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
     return model.eval().requires_grad_(False)
 
 
@@ -731,22 +672,24 @@ def export(model, digest, kind, a, device):
     """Write, check and name one artefact. Returns its folder."""
     start, config = time.perf_counter(), model.config
     name = f"{config.name.replace('/', '-')}-{config.frames}-{kind}-{a.precision}"
-    form = "" if a.form == "packed" else f"-{a.form}"
-    final = a.out / f"{name}{form}{'' if a.branches == 2 else '-unguided'}"
+    if a.form != "packed":
+        name += f"-{a.form}"
+    if a.branches == 1:
+        name += "-unguided"
+    final = a.out / name
     if final.exists():
         known = {*read_manifest(final).sha256, "manifest.json"}
         if others := sorted({p.name for p in final.iterdir()} - known):
-            raise UserError(
-                f"{final} also holds {others[0]}, which is not the export's; move it, or choose "
-                f"another --out"
-            )
+            cure = "move it, or choose another --out"
+            raise UserError(f"{final} also holds {others[0]}, which is not the export's; {cure}")
 
     with data.owned(final), atomic_folder(final) as folder:
         forms = ["packed", "rest"] if a.form == "packed" else [a.form]
         files = {}
         for form in tqdm(forms, kind, unit="graph", leave=False, disable=None):
-            files[form] = write_graph(model, kind, form, a, folder, device)
-            check(model, kind, files[form], form, a.precision, a.branches, device, a.rows)
+            path = write_graph(model, kind, form, a, folder, device)
+            check(model, kind, path, form, a.precision, a.branches, device, a.rows)
+            files[form] = path.name
 
         written = sorted(folder.iterdir())
         packages = "torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "tensorrt"
@@ -758,7 +701,7 @@ def export(model, digest, kind, a, device):
             rows=a.rows,
             opset=OPSET,
             model_sha256=digest,
-            files={form: path.name for form, path in files.items()},
+            files=files,
             sha256={path.name: data.sha256(path) for path in written},
             bytes={path.name: path.stat().st_size for path in written},
             config=dataclasses.asdict(config),
@@ -819,9 +762,7 @@ def main():
     else:
         model, digest = sdit.load_model(a.model, device), data.sha256(a.model)
     if model.config.frames < 2:
-        raise UserError(
-            "rows of one frame have no anchor to share; export a model of two frames and more"
-        )
+        raise UserError("rows of one frame share no anchor; export a model of two frames or more")
 
     for kind in ("onnx", "torchscript", "trt"):
         if getattr(a, kind):
