@@ -34,6 +34,7 @@ from pathlib import Path
 import av
 import cv2
 import filelock
+import huggingface_hub
 import numpy as np
 import safetensors
 import safetensors.torch
@@ -106,9 +107,8 @@ class Rows(torch.utils.data.Dataset):
         times, source = choose_frames(np.random.default_rng([self.seed, 1, n]), found, self.frames)
         row = {k: clip.get_tensor(k)[times].float() for k in ("latent", "landmarks", "weight")}
         scene = clip.get_tensor("scene")[0 if source == 0 else 1].float()
-        return dict(
-            latents=row["latent"], landmarks=row["landmarks"], mask=row["weight"] / 255, scene=scene
-        )
+        mask = row["weight"] / 255
+        return dict(latents=row["latent"], landmarks=row["landmarks"], mask=mask, scene=scene)
 
     def _clip(self, n):
         """The record of row n: number n of a cache that is shuffled anew every epoch. A clip that
@@ -215,12 +215,15 @@ def read_index(folder, frames):
     if "shards" in index:
         raise UserError(f"{folder} was made by an older data.py; make it again in a new folder")
     clips = index.get("clips")
-    pair = lambda c: isinstance(c, list) and [type(v) for v in c] == [str, int]
-    if not isinstance(clips, list) or not all(map(pair, clips)):
+    if not isinstance(clips, list) or not all(map(is_clip, clips)):
         raise UserError(f"{path} is torn; {again}")
     if max((n for _, n in clips), default=0) < frames + 2:
         raise too_short(folder, frames)
     return index
+
+
+def is_clip(entry):
+    return isinstance(entry, list) and [type(v) for v in entry] == [str, int]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -297,9 +300,8 @@ class FaceLandmarker:
         if not found:
             return None
         h, w = picture.shape[:2]
-        return np.array(
-            [(x + p.x * w, y + p.y * h, p.z * w) for p in found[0].landmark], np.float32
-        )
+        points = [(x + p.x * w, y + p.y * h, p.z * w) for p in found[0].landmark]
+        return np.array(points, np.float32)
 
     def everyone(self, image):
         """Yield the landmarks of every face of `image`, the largest first."""
@@ -411,17 +413,14 @@ class Track:
 
 
 def no_face(name):
-    return UserError(
-        f"no face found in {name}; use a picture or video with one clear face, about 100 pixels high"
-    )
+    return UserError(f"no face found in {name}; use one with a clear face of 100 pixels or more")
 
 
 def pick_face(faces, number, name):
     """Face `number` of a list, from 0, the largest."""
     if not 0 <= number < len(faces):
-        raise UserError(
-            f"no face number {number} in {name}: its first frame has {len(faces)}, from 0"
-        )
+        there = f"its first frame has {len(faces)}, from 0"
+        raise UserError(f"no face number {number} in {name}: {there}")
     return faces[number]
 
 
@@ -429,9 +428,8 @@ def track(frames, landmarker, name, total=None, number=0):
     """The Track of face `number` (0: the largest) of the first frame with a face, followed through
     `frames` (h, w, 3) uint8. After 24 frames without it, the largest face is followed."""
     points, last, lost, faces = [], None, 0, []
-    for image in tqdm(
-        frames, "landmarks", total, unit="frame", leave=False, disable=total is None or None
-    ):
+    silent = total is None or None  # None: where stderr is no terminal
+    for image in tqdm(frames, "landmarks", total, unit="frame", leave=False, disable=silent):
         if last is None:
             faces = list(landmarker.everyone(image))
             here = pick_face(faces, number, name) if faces else None
@@ -493,16 +491,14 @@ def send(x, device):
 
 
 def get_device(name=None):
-    """torch.device of "cpu", "cuda", "cuda:1" ...; None: a GPU where there is one. UserError where
-    it is not there."""
+    """torch.device of "cpu", "cuda", "cuda:1" ...; None: a GPU where there is one."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device)
         return device
     except (RuntimeError, AssertionError) as e:
-        raise UserError(
-            f"no device {name} here ({str(e).partition(chr(10))[0]}); give cpu, cuda or cuda:1"
-        ) from None
+        reason = str(e).partition("\n")[0]
+        raise UserError(f"no device {name} here ({reason}); give cpu, cuda or cuda:1") from None
 
 
 @functools.cache
@@ -514,70 +510,73 @@ def sha256(path):
 
 HOME = os.path.expanduser("~")  # still "~" for a user without an entry in passwd
 DOWNLOADS = Path(tempfile.gettempdir() if HOME == "~" else HOME) / ".cache" / "anchored-diffusion"
-HUB = "https://huggingface.co"
-# Third-party weights by name: address, pinned to a revision where one is known to us, and sha256
-# where it is.
+# Third-party weights by name: repository, file and revision at huggingface.co, and sha256 if known
 WEIGHTS = {
     "sd-vae-ft-mse": (
-        f"{HUB}/stabilityai/sd-vae-ft-mse/resolve/31f26fdeee1355a5c34592e401dd41e45d25a493/diffusion_pytorch_model.safetensors",
+        "stabilityai/sd-vae-ft-mse",
+        "diffusion_pytorch_model.safetensors",
+        "31f26fdeee1355a5c34592e401dd41e45d25a493",
         "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
     ),
     "sd-vae-ft-ema": (
-        f"{HUB}/stabilityai/sd-vae-ft-ema/resolve/f04b2c4b98319346dad8c65879f680b1997b204a/diffusion_pytorch_model.safetensors",
+        "stabilityai/sd-vae-ft-ema",
+        "diffusion_pytorch_model.safetensors",
+        "f04b2c4b98319346dad8c65879f680b1997b204a",
         None,
     ),
     "ViT-L-14": (
-        f"{HUB}/timm/vit_large_patch14_clip_224.openai/resolve/main/open_clip_model.safetensors",
+        "timm/vit_large_patch14_clip_224.openai",
+        "open_clip_model.safetensors",
+        "main",
         None,
     ),
 }
 
 
 def fetch(name):
-    """Path of weights given as a file or as a name of WEIGHTS, which is downloaded once to
-    DOWNLOADS."""
+    """Path of weights given as a file, or as a name of WEIGHTS, which is downloaded once."""
     if str(name) not in WEIGHTS:
-        if not Path(name).is_file():
-            raise UserError(
-                f"no such file: {name} (and no name of weights; those are {', '.join(WEIGHTS)})"
-            )
-        return Path(name)
-    (url, digest), path = WEIGHTS[str(name)], DOWNLOADS / f"{name}.safetensors"
+        if Path(name).is_file():
+            return Path(name)
+        known = ", ".join(WEIGHTS)
+        raise UserError(f"no such file: {name} (and no name of weights; those are {known})")
+
+    path = DOWNLOADS / f"{name}.safetensors"
     if path.is_file():
         return path
+    repository, file, revision, digest = WEIGHTS[str(name)]
     DOWNLOADS.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{path}.lock"):  # of several processes, one downloads
-        if not path.is_file():
-            try:
-                torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
-                safetensors.safe_open(path, "pt")
-            except (
-                OSError,
-                RuntimeError,
-                safetensors.SafetensorError,
-            ) as e:  # no network; another checksum; a torn file
-                path.unlink(missing_ok=True)
-                raise UserError(
-                    f"cannot download {name} ({e}); fetch {url} by hand and put it at {path}"
-                ) from None
+    huggingface_hub.logging.set_verbosity_error()  # of its retries
+    try:
+        got = Path(huggingface_hub.hf_hub_download(repository, file, revision=revision)).resolve()
+        if digest and sha256(got) != digest:
+            raise OSError(f"{got} has another sha256 than {digest}")
+        safetensors.safe_open(got, "pt")
+        with sdit.atomic(path) as temporary:
+            temporary.symlink_to(got)
+    except Exception as e:  # the hub has a dozen kinds
+        reason, page = str(e).partition("\n")[0], f"https://huggingface.co/{repository}"
+        raise UserError(
+            f"cannot download {name} ({reason}); fetch {file} of {page} by hand and put it at "
+            f"{path}"
+        ) from None
     return path
 
 
 def find_weights(name, digest, beside):
     """Path of the file `name` with the sha256 `digest`: beside the model file `beside`, in the
     download folder, or the demo's; or by named download."""
-    folders = [Path(beside).parent, DOWNLOADS, Path(__file__).parent / "demo"]
-    for path in (folder / name for folder in folders):
+    for folder in (Path(beside).parent, DOWNLOADS, DEMO):
+        path = folder / name
         if path.is_file() and sha256(path) == digest:
             return path
-    if (
-        name.removesuffix(".safetensors") in WEIGHTS
-        and sha256(path := fetch(name.removesuffix(".safetensors"))) == digest
-    ):
-        return path
+
+    known = name.removesuffix(".safetensors")
+    if known in WEIGHTS and sha256(fetch(known)) == digest:
+        return fetch(known)
     raise UserError(
-        f"{beside} was made with {name} (sha256 {digest[:12]}...), which is neither beside it nor in "
-        f"{folders[1]}; put that file there"
+        f"{beside} was made with {name} (sha256 {digest[:12]}...), which is neither beside it nor "
+        f"in {DOWNLOADS}; put that file there"
     )
 
 
@@ -590,18 +589,33 @@ CLIP_KEYS = dict(
 )
 
 
+def is_clip_config(config):
+    """Whether a file's configuration is one of open_clip's, with a vision transformer or a ResNet."""
+    if not {"embed_dim", "vision_cfg", "text_cfg"} <= set(config):
+        return False
+    vision, known = config["vision_cfg"], CLIP_KEYS
+    if isinstance(vision, dict) and isinstance(vision.get("layers"), list):  # of a ResNet
+        known = known | dict(vision_cfg=known["vision_cfg"] | dict(layers=[1]))
+        if len(vision["layers"]) != 4:
+            return False
+    return sdit.is_like(config, known)
+
+
+# In open_clip; its plain ViT-L-14 has another GELU than OpenAI's
+OPENAI_VIT_L14 = "ViT-L-14-quickgelu"
+
+
 class SceneEncoder:
     """The global signal (paper 3.1): a frozen CLIP, of pictures and texts. Its file has open_clip's
     configuration as metadata; without, it is taken for OpenAI's ViT-L/14."""
 
     def __init__(self, path, device="cpu"):
-        tensors, config = sdit.read_tensors(path)
-        config = config or openai_vit_l14()
-        complete = {"embed_dim", "vision_cfg", "text_cfg"} <= set(config)
-        if not complete or not sdit.is_like(config, CLIP_KEYS):
-            raise UserError(f"{path} is not a CLIP file: it has no known open_clip configuration")
         import open_clip
 
+        tensors, config = sdit.read_tensors(path)
+        config = config or open_clip.get_model_config(OPENAI_VIT_L14)
+        if not is_clip_config(config):
+            raise UserError(f"{path} is not a CLIP file: it has no known open_clip configuration")
         model = sdit.build(lambda: open_clip.CLIP(**config), tensors, path)
         self.model = model.to(device).eval().requires_grad_(False)
         length = config["text_cfg"].get("context_length", 77)
@@ -615,16 +629,8 @@ class SceneEncoder:
 
     def texts(self, sentences):
         """List of B strings -> (B, S)."""
-        return self.model.encode_text(
-            self.tokenizer(sentences).to(self.device), normalize=True
-        ).float()
-
-
-def openai_vit_l14():
-    """OpenAI's models have "quick" GELU, which open_clip's plain ViT-L-14 has not."""
-    import open_clip
-
-    return open_clip.get_model_config("ViT-L-14-quickgelu")
+        tokens = self.tokenizer(sentences).to(self.device)
+        return self.model.encode_text(tokens, normalize=True).float()
 
 
 def clip_pixels(pixels, size):
@@ -700,8 +706,9 @@ def open_video(path):
     try:
         container = av.open(f"file:{path}", metadata_errors="replace")  # 12:30.mp4: no protocol
     except (av.FFmpegError, OSError) as e:
+        reason = e.strerror or e
         raise UserError(
-            f"{path} is not a video that can be read ({e.strerror or e}); re-encode it as H.264 .mp4"
+            f"{path} is not a video that can be read ({reason}); re-encode it as H.264 .mp4"
         ) from None
     if not video_stream(container):
         container.close()
@@ -714,7 +721,10 @@ def video_stream(container):
     """The default video stream, covers and thumbnails left out; None without one."""
     covers = Disposition.attached_pic | Disposition.timed_thumbnails
     streams = [s for s in container.streams.video if not s.disposition & covers]
-    rank = lambda s: (s.frames != 1, s.disposition & Disposition.default, -s.index)
+
+    def rank(s):
+        return s.frames != 1, s.disposition & Disposition.default, -s.index
+
     return max(streams, key=rank, default=None)
 
 
@@ -859,7 +869,10 @@ class Video:
         timeless = times[-1] < M / 1000
         steady = next((r for r in rates if abs(r * usual - 1) < 0.02), to_rate(1 / usual))
         average = rates[0] if timeless else to_rate((M - 1) / times[-1])
-        error = lambda rate: abs(times - np.arange(M) / float(rate)).max()
+
+        def error(rate):
+            return abs(times - np.arange(M) / float(rate)).max()
+
         fits = [rate for rate in (*rates, steady, average) if error(rate) <= 0.6 / rate]
         self.repeats = np.ones(M, int)  # how often each frame of the file is shown
         if fits or timeless:
@@ -1213,8 +1226,8 @@ def enough_disk(folder, needed):
     free = shutil.disk_usage(folder).free
     if free < needed * 1.1:
         raise UserError(
-            f"{folder} needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room and "
-            f"give the same command again: it goes on where it was"
+            f"{folder} needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room "
+            f"and give the same command again: it goes on where it was"
         )
 
 
@@ -1265,9 +1278,8 @@ class CacheWriter:
         any(map(self.read, self.folder.glob("clip-*")))  # the first whole record must agree
 
     def path(self, file):
-        return (
-            self.folder / f"clip-{hashlib.sha256(os.fsencode(file)).hexdigest()[:16]}.safetensors"
-        )
+        digest = hashlib.sha256(os.fsencode(file)).hexdigest()
+        return self.folder / f"clip-{digest[:16]}.safetensors"
 
     def add(self, record, entry):
         tensors = {k: torch.from_numpy(np.asarray(v)) for k, v in record.items()}
@@ -1366,9 +1378,12 @@ def cache_clips(clips, writer, landmarker, autoencoder, scene_encoder, size):
     """Make the missing records of clips [(name, path)]. A bad clip is left out, with its reason."""
     rank, world, _ = ranks()
     left_out, watch, frames = rejections(writer.folder), Stopwatch(), 0
-    rejected = lambda name, path: name in left_out and left_out[name]["changed"] == changed(path)
-    todo = [c for c in clips if not rejected(*c) and not writer.read(writer.path(c[0]))]
 
+    def is_done(name, path):
+        rejected = name in left_out and left_out[name]["changed"] == changed(path)
+        return rejected or writer.read(writer.path(name))
+
+    todo = [clip for clip in clips if not is_done(*clip)]
     for name, path in tqdm(todo, f"clips, rank {rank}" if world > 1 else "clips", unit="clip"):
         try:
             crops, tracked, fps, margin = read_clip(path, landmarker, size, watch)
@@ -1408,9 +1423,8 @@ def finish_cache(writer, paths):
 
     count = sum("rejected" in e for e in entries)
     reasons = writer.folder / "manifest.jsonl"
-    print(
-        f"{len(entries) - count} clips in {writer.folder}; {count} left out, reasons in {reasons}"
-    )
+    kept = len(entries) - count
+    print(f"{kept} clips in {writer.folder}; {count} left out, reasons in {reasons}")
 
 
 def check_finished(folder, about, paths):
@@ -1598,24 +1612,11 @@ def leave(code, text):
 def arguments():
     ap = Parser(__doc__)
     add = ap.add_argument
-    add(
-        "clips",
-        type=Path,
-        nargs="?",
-        help="folder tree of face videos and pictures (pictures move)",
-    )
+    add("clips", type=Path, nargs="?", help="folder tree of face videos and pictures")
     add("--out", type=Path, default=Path("cache"), help="folder of the cache")
-    add(
-        "--autoencoder",
-        default=DEMO / "autoencoder.safetensors",
-        help="file, sd-vae-ft-mse or -ema",
-    )
+    add("--autoencoder", default=DEMO / "autoencoder.safetensors", help="file, sd-vae-ft-mse, -ema")
     add("--clip", default=DEMO / "clip.safetensors", help="file, or ViT-L-14")
-    add(
-        "--size",
-        type=number(int, 1, 4096),
-        help="pixels a side (default: 64 for the demo, else 256)",
-    )
+    add("--size", type=number(int, 1, 4096), help="pixels (default: 64 for the demo, else 256)")
     add("--bench", action="store_true", help="measure how fast rows load from the finished cache")
     return ap.parse_args()
 
@@ -1641,10 +1642,8 @@ def main():
     scene_encoder, landmarker = SceneEncoder(a.clip, device), FaceLandmarker()
     demo = [path.resolve().parent == DEMO for path in (a.autoencoder, a.clip)]
     if any(demo) and rank == 0:
-        print(
-            "note: the bundled autoencoder and CLIP are for rendered faces; for real ones give "
-            "--autoencoder sd-vae-ft-mse --clip ViT-L-14"
-        )
+        note = "note: the bundled autoencoder and CLIP know rendered faces; for real ones give"
+        print(f"{note} --autoencoder sd-vae-ft-mse --clip ViT-L-14")
 
     # Settings of the cache
     a.size = a.size or (64 if demo[0] else 256)

@@ -47,17 +47,17 @@ autocast = torch.autocast(device, torch.bfloat16, enabled=sdit.has_bf16(device))
 class Recipe:
     """What is built, and how long each network is trained."""
     folder: Path = DEMO / "build"
-    clips: int = 2800                              # seeds 0 .. clips - 1
+    clips: int = 3000                              # seeds 0 .. clips - 1
     frames: int = 12                               # at `fps`: rows of a clip reach over up to two seconds
     fps: int = 6
     paintings: int = 500
     render: int = 144                              # pixels of the rendered frames, a little more than ...
     size: int = 128                                # ... those that the models see
     autoencoder_clips: int = 1600                  # the first ones are enough for these two
-    clip_clips: int = 2800
+    clip_clips: int = 3000
     autoencoder_steps: int = 10_000
-    clip_steps: int = 2500
-    unseen: int = 400                              # faces that CLIP is judged by
+    clip_steps: int = 4000
+    unseen: int = 1200                             # faces that CLIP is judged by
     processes: int = 2 if device == "cpu" and os.cpu_count() > 1 else 1         # of the sDiT's training
     runs: tuple = ((1, 100_000, 32, 2.4e-3), (4, 100_000, 16, 1.2e-3))          # of the sDiT: frames, steps, rows a step, learning rate
 
@@ -69,8 +69,8 @@ QUICK = Recipe(folder=DEMO / "build" / "quick", clips=160, frames=8, paintings=1
 
 AUTOENCODER = sdit.AutoencoderConfig(widths=(16, 16, 48, 96), layers=1, latent_channels=16, groups=4, scale=1.0)
 CLIP = dict(embed_dim=128,
-            vision_cfg=dict(image_size=96, patch_size=12, width=160, layers=5, head_width=32, mlp_ratio=3.0),
-            text_cfg=dict(context_length=48, vocab_size=49408, width=64, heads=2, layers=2))
+            vision_cfg=dict(image_size=96, layers=[1, 2, 2, 1], width=24, head_width=32),
+            text_cfg=dict(context_length=48, vocab_size=49408, width=48, heads=2, layers=2))
 SOURCE_SEED, DRIVING_SEED, PAINTING_SEED, UNSEEN = 1_000_021, 1_000_010, 2_000_000, 1_000_000
 
 
@@ -341,8 +341,8 @@ class Heads(torch.nn.Module):
         return torch.stack(told).mean() + 0.5 * F.mse_loss(self.regression(vectors), self.numbers[chosen])
 
 
-def build_clip(recipe, batch=80, lr=1e-3):
-    """An open_clip model on pictures and captions of the world; its text table keeps CLIP's own tokens, 64 wide.
+def build_clip(recipe, batch=64, lr=1e-3):
+    """An open_clip model on pictures and captions of the world: CLIP's ResNet, small, and its own tokens, 48 wide.
 
     Three losses: pictures and captions, which leave out half of the attributes each time, know each other; so do two pictures of
     a clip, whatever the camera; and linear `Heads` tell who is there. A third of the pictures is left as rendered."""
@@ -350,6 +350,7 @@ def build_clip(recipe, batch=80, lr=1e-3):
     pixels, = load_clips(recipe.clip_clips, recipe.folder, "pixels")
     people = [world.sample_face(np.random.default_rng(seed)) for seed in range(recipe.clip_clips)]
     model, heads = open_clip.CLIP(**CLIP).to(device).train(), Heads(people).to(device)
+    model.visual.to(memory_format=torch.channels_last)
     tokenizer, size = open_clip.SimpleTokenizer(context_length=CLIP["text_cfg"]["context_length"]), CLIP["vision_cfg"]["image_size"]
     heads.scale = torch.nn.Parameter(torch.tensor(math.log(10.0), device=device))           # of pictures against pictures
     both = torch.nn.ModuleList([model, heads])

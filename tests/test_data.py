@@ -404,7 +404,7 @@ def test_openais_clip_has_its_own_activation():
     """Quick GELU, which open_clip's plain name leaves out and would load without a word."""
     import open_clip
     with torch.device("meta"):
-        model = open_clip.CLIP(**data.openai_vit_l14())
+        model = open_clip.CLIP(**open_clip.get_model_config(data.OPENAI_VIT_L14))
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 427.6
     assert {type(m).__name__ for m in model.modules() if "GELU" in type(m).__name__} == {"QuickGELU"}
 

@@ -84,7 +84,7 @@ def test_text_files_of_all_editors(tmp_path):
 
 
 def test_no_home_no_terminal(monkeypatch):
-    code = "import os, pwd\ndef none(*_): raise KeyError\npwd.getpwuid = none\nos.environ.pop('HOME')\nimport sdit; print(data.DOWNLOADS)"
+    code = "import os, pwd\ndef none(*_): raise KeyError\npwd.getpwuid = none\nos.environ.pop('HOME')\nimport data; print(data.DOWNLOADS)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("/"), done.stderr
     monkeypatch.setattr(os, "dup", lambda _: (_ for _ in ()).throw(OSError(errno.EBADF, "closed")))

@@ -5,7 +5,7 @@ import time
 from test_train import cache, command, same  # noqa: F401 (a fixture)
 
 
-def test_killed_at_any_moment(cache, tmp_path):
+def test_killed_at_any_moment(cache, tmp_path):  # noqa: F811
     """kill -9 a little later each time, also while a state is written: the final weights are those of an undisturbed run."""
     settings = "--batch", "2", "--steps", "12", "--save-minutes", "0"
     subprocess.run(command(cache, tmp_path / "whole", *settings), check=True, capture_output=True)

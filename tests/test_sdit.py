@@ -332,20 +332,30 @@ def test_published_autoencoders(tmp_path, monkeypatch):
 
 def test_named_weights(tmp_path, monkeypatch):
     """A name is downloaded once and checked; without network the sentence says where to put the file."""
-    monkeypatch.setattr(data, "DOWNLOADS", tmp_path / "cache")
     there = tmp_path / "there"
     sdit.write_tensors(there, dict(a=torch.ones(9)), {})
-    whole = there.read_bytes()
-    monkeypatch.setattr(data, "WEIGHTS", {"known": (there.as_uri(), hashlib.sha256(whole).hexdigest()), "unknown": (there.as_uri(), None)})
-    assert data.fetch("known").read_bytes() == whole and data.fetch(there) == there
+    whole, calls = there.read_bytes(), []
+
+    def download(repository, file, revision):
+        calls.append((repository, file, revision))
+        if not there.exists():
+            raise OSError("no network")
+        return str(there)
+
+    monkeypatch.setattr(data, "DOWNLOADS", tmp_path / "cache")
+    monkeypatch.setattr(data.huggingface_hub, "hf_hub_download", download)
+    asked = "us/known", "model.safetensors", "0123"
+    monkeypatch.setattr(data, "WEIGHTS", {"known": (*asked, hashlib.sha256(whole).hexdigest()), "unknown": (*asked, None)})
+    assert data.fetch("known").read_bytes() == whole and data.fetch("known").is_file() and data.fetch(there) == there
+    assert calls == [asked]
     with pytest.raises(sdit.UserError, match="no such file: knwon .* known, unknown"):
         data.fetch("knwon")
+
     there.unlink()
-    assert data.fetch("known").is_file()
-    (tmp_path / "cache" / "known.safetensors").unlink()
-    with pytest.raises(sdit.UserError, match="cannot download known .* by hand and put it at"):
+    with pytest.raises(sdit.UserError, match=r"cannot download known \(no network\); .*us/known by hand and put it at .*known.safetensors"):
         data.fetch("known")
     there.write_bytes(whole[:-4])                                               # the connection broke
+    (tmp_path / "cache" / "known.safetensors").unlink()
     for name in ("known", "unknown"):
         with pytest.raises(sdit.UserError, match=f"cannot download {name} "):
             data.fetch(name)

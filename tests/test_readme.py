@@ -1,0 +1,65 @@
+"""The README's own commands, read from the file and run."""
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+
+import data
+from conftest import ROOT, rendered_world
+
+README = (ROOT / "README.md").read_text()
+
+
+def commands(text):
+    """The commands of the fenced blocks in a text, without comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    return [shlex.split(line, comments=True) for line in "".join(blocks).splitlines()]
+
+
+def smallest(command):
+    """The command at a size that takes seconds."""
+    script = command[1]
+    values = {"--clips": "2", "--steps": "2", "--batch": "2"}
+    small = [values.get(before, word) for before, word in zip([None, *command], command)]
+    if script == "sample.py":
+        small += ["--steps", "2", "--only", "0:2"]
+    if script == "demo/world.py":
+        small += ["--frames", "8"]
+    return [sys.executable, str(ROOT / script), *small[2:]]
+
+
+def test_the_whole_chain(tmp_path):
+    """Clips, cache, training, sampling, export, sampling with the engine: each from what the one before made."""
+    rendered_world()
+    chain = commands(README.split("## The whole chain\n")[1].split("\n## ")[0])
+    assert [command[1] for command in chain] == [
+        "demo/world.py", "data.py", "train.py", "sample.py", "export.py", "sample.py"]
+    for command in chain:
+        run = subprocess.run(smallest(command), cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 0, (command, run.stderr[-2000:])
+        video = tmp_path / "reenacted.mp4"
+        assert video.exists() == (command[1] in ("sample.py", "export.py"))
+        if command[1] == "sample.py" and "--engine" not in command:
+            by_model = video.read_bytes()
+
+    (tmp_path / "by_model.mp4").write_bytes(by_model)
+    with_engine, with_model = (np.stack(list(data.Video(tmp_path / name))) for name in ("reenacted.mp4", "by_model.mp4"))
+    assert with_engine.shape == with_model.shape == (2, 256, 256, 3)
+    assert abs(with_engine.astype(int) - with_model).mean() < 2
+
+
+def test_every_command_is_understood(monkeypatch):
+    """Names of flags and kinds of values, of every script of the top level."""
+    seen = set()
+    for command in commands(README):
+        script = next((i for i, word in enumerate(command) if re.fullmatch(r"[a-z]+\.py", word)), None)
+        if script is None:
+            continue
+        module = importlib.import_module(command[script].removesuffix(".py"))
+        monkeypatch.setattr(sys, "argv", command[script:])
+        module.arguments(*[4] * (module.__name__ == "train"))
+        seen.add(module.__name__)
+    assert seen == {"data", "train", "sample", "export", "curate", "evaluate"}
