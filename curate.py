@@ -1,32 +1,33 @@
 """From raw videos to a training set like ReenactFaces-1M (paper 3.3 and B), in restartable stages.
 
     python curate.py run VIDEOS --out clips         # detect, validate, write, stats
-    python curate.py search queries.txt --out clips # first download videos, into clips/videos
+    python curate.py search queries.txt --out clips # before: download videos into clips/videos
     python curate.py detect VIDEOS --out clips      # shots, faces, one square a clip
     python curate.py validate --out clips           # is it one scene: CLIP, histogram.png
     python curate.py write --out clips              # clips/train, clips/test, clips/manifest.jsonl
     python curate.py stats --out clips              # the paper's Figs. 10 to 13: stats.png, a table
     torchrun --nproc_per_node=8 curate.py detect VIDEOS --out clips   # the work shared
 
-If VIDEOS holds celebvhq_info.json or VFHQ's Clip+ID+...txt, only the videos, times and faces listed
-there are used; RAVDESS is known by its file names. After torchrun, give the same command once
-without it: it writes the histogram or the manifest. Stages keep one file a video in OUT/STAGE.
+After torchrun, give the same command without it for the histogram or the manifest. Where VIDEOS
+holds celebvhq_info.json or VFHQ's Clip+ID+...txt, only what they list is used.
 """
 
 import concurrent.futures
 import contextlib
 import functools
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -39,18 +40,18 @@ from tqdm import tqdm
 
 import data
 from data import mesh_box, overlap
-from sdit import UserError
+from sdit import LANDMARKS, UserError
 
-DEMO = Path(__file__).resolve().parent / "demo"
 SAMPLES = 5  # sampled frames a second
 LONGEST = 10  # seconds a clip (paper B, Fig. 10, ends there)
-PAPER = dict(  # mean, standard deviation
-    duration=(3.29, 2.07),
-    resolution=(745.1, 247.8),
-    face_width=(0.45, 0.05),
-    face_height=(0.53, 0.07),
-    hyperiqa=(51.5, 10.72),
-)
+SPLITS = "train", "test"
+COSINES = dict(clip="CLIP", arcface="ArcFace")
+
+
+def read_entries(path):
+    """Lines of a user's text file, without empty ones."""
+    return [line for line in map(str.strip, data.read_text(path).splitlines()) if line]
+
 
 # --------------------------------------------------------------------------------------------------
 # Sources
@@ -58,13 +59,12 @@ PAPER = dict(  # mean, standard deviation
 
 @dataclass
 class Source:
-    """A video, and what of it is wanted."""
+    """A video."""
 
     path: Path
-    name: str  # within the folder that was given
+    name: str  # path within the given folder
     identity: str  # what training and test must not share
-    # [(from, to, box)], seconds and the face's (x0, y0, x1, y1) in 0..1 or None; None: all of it
-    spans: list = None
+    spans: list = None  # only these: [(begin, end, box of the face)], in seconds and in 0..1
 
     @property
     def key(self):
@@ -73,22 +73,20 @@ class Source:
         return f"{stem}-{zlib.crc32(os.fsencode(self.name)):08x}"
 
 
-def celebvhq(path):
+def read_celebvhq(path):
     """Yield (video id, span) of celebvhq_info.json."""
     for clip in data.read_json(path, ["clips"])["clips"].values():
-        box, when = clip["bbox"], clip["duration"]
-        box = [box[k] for k in ("left", "top", "right", "bottom")]
-        yield clip["ytb_id"], (when["start_sec"], when["end_sec"], box)
+        seconds, box = clip["duration"], clip["bbox"]
+        box = [box[side] for side in ("left", "top", "right", "bottom")]
+        yield clip["ytb_id"], (seconds["start_sec"], seconds["end_sec"], box)
 
 
-def vfhq(path):
-    """Yield (video id, span) of one of VFHQ's text files, without the frames at both ends."""
-    pattern = r"Clip\+(.+)\+P\d+\+C\d+\+F(\d+)-(\d+)"
-    video, first, last = re.fullmatch(pattern, path.stem).groups()
-    lines = data.read_text(path).replace(":", " ").splitlines()
-    fields = dict(line.split(None, 1) for line in lines if " " in line.strip())
-    h, w, fps = (float(fields[k]) for k in ("H", "W", "FPS"))
-    x0, y0, x1, y1 = (float(x) for x in fields["CROP"].split())
+def read_vfhq(path):
+    """Yield (video id, span) of a text file of VFHQ, without the frames at both ends."""
+    video, first, last = re.fullmatch(r"Clip\+(.+)\+P\d+\+C\d+\+F(\d+)-(\d+)", path.stem).groups()
+    fields = dict(re.findall(r"(\w+)[: ]+(.+)", data.read_text(path)))
+    w, h, fps = (float(fields[k]) for k in ("W", "H", "FPS"))
+    x0, y0, x1, y1 = map(float, fields["CROP"].split())
     yield video, ((int(first) + 1) / fps, int(last) / fps, [x0 / w, y0 / h, x1 / w, y1 / h])
 
 
@@ -98,175 +96,195 @@ def list_spans(files):
     for path in files:
         listed = ()
         if path.name == "celebvhq_info.json":
-            listed = celebvhq(path)
-        elif path.suffix == ".txt" and path.name.startswith("Clip+"):
-            listed = vfhq(path)
+            listed = read_celebvhq(path)
+        elif path.match("Clip+*.txt"):
+            listed = read_vfhq(path)
         try:
             for video, span in listed:
                 spans.setdefault(video, []).append(span)
-        except (ValueError, KeyError, AttributeError, TypeError, ArithmeticError, OSError) as e:
-            raise UserError(
-                f"{path} is not the list that its name says ({e!r}); fetch it again"
-            ) from None
+        except Exception as e:  # whatever is wrong in the file
+            reason = f"{path} is not the list that its name says ({e!r}); fetch it again"
+            raise UserError(reason) from None
     return spans
 
 
 def list_sources(folder, out):
-    """The sources in a folder tree, sorted, without what was written to `out`. The identity of a
-    video is the first folder that it lies in, or itself."""
-    if not Path(folder).is_dir():
-        raise UserError(f"no such folder: {folder}")
-    written = {(out / split).absolute() for split in ("train", "test")}
-    files = data.list_files(folder, data.VIDEOS | {".txt", ".json"})
-    files = [p for p in files if written.isdisjoint(p.absolute().parents)]
+    """The sources in a folder tree, sorted, without the clips in `out`. The identity of a video is
+    the first folder that it lies in, or itself."""
+    if not folder or not folder.is_dir():
+        raise UserError(f"no such folder: {folder}; name the folder of videos")
+    written = {(out / split).absolute() for split in SPLITS}
+    found = data.list_files(folder, data.VIDEOS | {".txt", ".json"})
+    files = [path for path in found if written.isdisjoint(path.absolute().parents)]
     spans, sources = list_spans(files), []
 
-    for path in (p for p in files if p.suffix.lower() in data.VIDEOS):
+    for path in files:
+        if path.suffix.lower() not in data.VIDEOS or spans and path.stem not in spans:
+            continue
         relative = path.relative_to(folder)
         identity = path.stem if spans or len(relative.parts) == 1 else relative.parts[0]
+
         if re.fullmatch(r"\d\d(-\d\d){6}", path.stem):
-            # RAVDESS: 02 is 01 without sound, 03 is sound alone
-            kind, *_, actor = path.stem.split("-")
-            twin = path.with_name(f"01{path.name[2:]}")
-            if kind == "03" or kind == "02" and twin.exists():
+            # RAVDESS: modality 02 is 01 without sound, 03 is sound alone
+            modality, with_sound = path.name[:2], path.with_name(f"01{path.name[2:]}")
+            if modality == "03" or modality == "02" and with_sound.exists():
                 continue
-            identity = f"actor-{actor}"
-        if not spans or path.stem in spans:
-            sources.append(Source(path.absolute(), str(relative), identity, spans.get(path.stem)))
+            identity = f"actor-{path.stem[-2:]}"
+        sources.append(Source(path.absolute(), str(relative), identity, spans.get(path.stem)))
 
     if not sources:
-        named = f" named as its list names them, like {min(spans)}.mp4" if spans else ""
+        named = f" named like {min(spans)}.mp4, as in its list" if spans else ""
         raise UserError(f"no videos ({', '.join(sorted(data.VIDEOS))}) under {folder}{named}")
     return sources
 
 
 # --------------------------------------------------------------------------------------------------
-# search: the paper's first step, by the program yt-dlp
+# search (paper 3.3: top 20 results a query, 720p at least), by the program yt-dlp
 
-YT_DLP = "pip install 'yt-dlp[default]', with a JavaScript runtime (deno) and ffmpeg"
-REFUSALS = ("HTTP Error 429", "not a bot", "rate-limit", "rate limit")
+YT_DLP = """-c --write-info-json --no-write-playlist-metafiles -t sleep --retry-sleep exp=1:120
+    --match-filters 'height>=?720 & !is_live & duration<3600'
+    -f 'bv*[height>=720][height<=1080][vcodec^=avc1]+ba/bv*[height>=720]+ba'"""
 
 
 def read_queries(path):
     """Queries, one a line; lines of # are comments."""
     if not path or not path.is_file():
         raise UserError("name a file of queries, one a line: python curate.py search queries.txt")
-    lines = map(str.strip, data.read_text(path).splitlines())
-    queries = [line for line in lines if line and not line.startswith("#")]
-    if options := [q for q in queries if q.startswith("-") or "\0" in q]:  # some run programs
-        raise UserError(
-            f"{path}: {options[0]!r} begins with a dash, or is no text; give words, or an address"
-        )
+    queries = [line for line in read_entries(path) if not line.startswith("#")]
+    for query in queries:
+        if query.startswith("-") or "\0" in query:  # some options run programs
+            cure = "give words, or an address"
+            raise UserError(f"{path}: {query!r} begins with a dash, or is no text; {cure}")
     return queries
 
 
 def search(a):
-    """Download the first videos of every query (words, or addresses of channels)."""
+    """Download the first videos of every query: words, or the address of a channel."""
     program = shutil.which("yt-dlp")
     if not program:
-        raise UserError(f"yt-dlp is not on PATH: {YT_DLP}")
+        install = "pip install 'yt-dlp[default]', with a JavaScript runtime (deno) and ffmpeg"
+        raise UserError(f"yt-dlp is not on PATH: {install}")
     queries, folder = read_queries(a.source), a.out / "videos"
-    a.out.mkdir(parents=True, exist_ok=True)
     archive, log = a.out / "archive.txt", a.out / "search.jsonl"
-    logged = lambda: data.read_lines([log] if log.exists() else [])
-    fetched = lambda: len(archive.read_text().splitlines()) if archive.exists() else 0
-    done = {line.get("query") for line in logged() if line.get("done")}
+    a.out.mkdir(parents=True, exist_ok=True)
+    archive.touch()
+    log.touch()
+    done = {line.get("query") for line in data.read_lines([log]) if line.get("done")}
 
-    options = f"-I 1:{a.top} -c --write-info-json --no-write-playlist-metafiles -t sleep".split()
-    options += ["--match-filters", "height>=?720 & !is_live & duration<3600"]
-    options += ["-f", "bv*[height>=720][height<=1080][vcodec^=avc1]+ba/bv*[height>=720]+ba"]
-    options += ["--download-archive", archive, "--retry-sleep", "exp=1:120"]
-    options += ["-o", folder / "%(id)s.%(ext)s"]
+    command = [program, "-I", f"1:{a.top}", *shlex.split(YT_DLP)]
+    command += ["--download-archive", archive, "-o", folder / "%(id)s.%(ext)s", "--"]
 
     for query in tqdm([q for q in queries if q not in done], "queries", disable=None):
-        target, before = query if "://" in query else f"ytsearch{a.top}:{query}", fetched()
-        command = [program, *options, "--", target]
-        run = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        target = query if "://" in query else f"ytsearch{a.top}:{query}"
+        before = archive.stat().st_size
+        run = subprocess.run([*command, target], capture_output=True, errors="replace")
         reason = run.stderr.strip().splitlines()[-1:]
-        if run.returncode and any(word in run.stderr for word in REFUSALS):
-            later = "wait some hours, then give the same command: it goes on"
-            raise UserError(f"the site refuses ({reason[0]}); {later} at {query!r}")
-        success = run.returncode == 0 or fetched() > before  # single videos may be gone
-        data.append_line(log, dict(query=query, done=success, code=run.returncode, last=reason))
-        if not success:
-            again = "the same command tries it again"
-            print(f"nothing came of {query!r} ({''.join(reason)}); {again}", file=sys.stderr)
+        if run.returncode and re.search("HTTP Error 429|not a bot|rate.limit", run.stderr):
+            cure = "wait some hours, then give the same command: it goes on"
+            raise UserError(f"the site refuses ({reason[0]}); {cure} at {query!r}")
 
-    count = len(data.list_files(folder, data.VIDEOS)) if folder.is_dir() else 0
-    if not count and queries and not any(line.get("done") for line in logged()):
+        success = run.returncode == 0 or archive.stat().st_size > before  # some may be gone
+        data.append_line(log, dict(query=query, done=success, code=run.returncode, last=reason))
+        if success:
+            done.add(query)
+        else:
+            cure = "the same command tries it again"
+            print(f"nothing came of {query!r} ({''.join(reason)}); {cure}", file=sys.stderr)
+
+    count = len(data.list_files(folder, data.VIDEOS))
+    if queries and not count and not done:
         raise UserError(f"no query of {a.source} brought a video; the reasons are above")
     print(f"{count} videos in {folder}; next: python curate.py run {folder} --out {a.out}")
 
 
 # --------------------------------------------------------------------------------------------------
-# detect: shots, tracks of faces, one fixed square a clip
+# detect: shots, from thumbnails x (M, 24, 24, 3); paper silent on how clips are kept within them
 
-CUT, JUMP, DISSOLVE = 25, 8, 20  # mean differences of thumbnails, of 255
+CUT, JUMP, DISSOLVE = 25, 8, 20  # mean differences, of 255
+
+
+def mean_difference(x):
+    return np.abs(x).mean((1, 2, 3))
 
 
 def transitions(thumbs, chunk=4096, margin=64):
     """[(end of a shot, begin of the next)], frame numbers, of thumbnails (M, 24, 24, 3) uint8:
-    equal at a cut, apart at a dissolve. Long films go in chunks."""
+    equal at a cut, apart at a dissolve. Chunks bound the memory of long films."""
     found = []
     for first in range(0, len(thumbs), chunk):
         start = max(0, first - margin)
-        part = thumbs[start : first + chunk + margin].astype(np.float32)
-        ends = [(start + end, start + begin) for end, begin in shots_end(part)]
-        found += [(end, begin) for end, begin in ends if first <= end < first + chunk]
+        x = thumbs[start : first + chunk + margin].astype(np.float32)
+        cuts = find_cuts(x)
+        pairs = [(cut, cut) for cut in cuts] + find_dissolves(x, [0, *cuts, len(x)])
+        pairs = [(start + end, start + begin) for end, begin in sorted(pairs)]
+        found += [pair for pair in pairs if first <= pair[0] < first + chunk]
     return found
 
 
-def shots_end(x):
-    """`transitions` of one chunk, float. A cut is a large step, or one that stands alone."""
-    step = np.abs(np.diff(x, axis=0)).mean((1, 2, 3))  # (M - 1,)
+def find_cuts(x):
+    """Frames after a large step, or after a smaller one that stands alone."""
+    steps = mean_difference(np.diff(x, axis=0))  # (M - 1,)
     cuts = []
-    for i, d in enumerate(step):
-        around = np.concatenate([step[max(0, i - 6) : i], step[i + 1 : i + 7]])
-        alone = len(around) and d > 4 * np.median(around) + 1
-        if d > CUT or d > JUMP and alone:
+    for i, step in enumerate(steps):
+        around = [*steps[max(0, i - 6) : i], *steps[i + 1 : i + 7]]
+        alone = around and step > 4 * np.median(around) + 1
+        if step > CUT or step > JUMP and alone:
             cuts.append(i + 1)
-    return sorted([(cut, cut) for cut in cuts] + dissolves(x, [0, *cuts, len(x)]))
+    return cuts
 
 
-def dissolves(x, cuts):
-    """[(end of a shot, begin of the next)] of the dissolves between frames x (M, 24, 24, 3).
-
-    In the middle of a dissolve a frame is the mean of those before and after, as motion hardly ever
-    is; its ends are where the mixture, extrapolated, is 0 and 1."""
+def find_dissolves(x, cuts):
+    """[(end of a shot, begin of the next)]. In the middle of a dissolve a frame is the mean of
+    those before and after, as motion hardly ever is."""
     found = []
     for reach in (4, 8, 16):
-        a, middle, b = x[: -2 * reach], x[reach : len(x) - reach], x[2 * reach :]
-        apart, off = (np.abs(d).mean((1, 2, 3)) for d in (b - a, middle - (a + b) / 2))
-        for i in np.flatnonzero((apart > DISSOLVE) & (off < 0.2 * apart)):
-            # Widen the window, within the shot
-            centre = i + reach
-            low, high = max(c for c in cuts if c <= centre), min(c for c in cuts if c > centre)
-            first, last = max(low, centre - 2 * reach), min(high - 1, centre + 2 * reach)
-            if first > i or last < i + 2 * reach:
-                continue
-
-            # Each frame as a mixture of the window's ends
-            way = x[last] - x[first]
-            moved = x[first : last + 1] - x[first]
-            mixture = (moved * way).sum((1, 2, 3)) / (way**2).sum()
-            early, late = np.flatnonzero(mixture < 0.2), np.flatnonzero(mixture > 0.8)
-            if not len(late) or not len(early) or late[0] <= early[-1] + 1:
-                continue
-            inside = slice(early[-1], late[0] + 1)
-            frames = np.arange(early[-1], late[0] + 1)
-            begin, end = (np.interp(v, mixture[inside], frames) for v in (0.2, 0.8))
-
-            rest = np.abs(moved - mixture[:, None, None, None] * way).mean((1, 2, 3))
-            quality = rest[inside].max() / np.abs(way).mean()
-            margin = (end - begin) / 3
-            found.append((quality, first + round(begin - margin), first + round(end + margin) + 1))
+        before, middle, after = x[: -2 * reach], x[reach:-reach], x[2 * reach :]
+        change = mean_difference(after - before)
+        error = mean_difference(middle - (before + after) / 2)
+        centres = np.flatnonzero((change > DISSOLVE) & (error < 0.2 * change)) + reach
+        found += filter(None, (fit_dissolve(x, centre, reach, cuts) for centre in centres))
 
     # The best of those that overlap
     chosen = []
-    for quality, begin, end in sorted(found):
-        if quality < 0.25 and all(end <= b or begin >= e for b, e in chosen):
+    for error, begin, end in sorted(found):
+        if error < 0.25 and all(end <= b or begin >= e for b, e in chosen):
             chosen.append((max(0, begin), min(len(x), end)))
     return chosen
+
+
+def fit_dissolve(x, centre, reach, cuts):
+    """(error, begin, end) of a dissolve, or None: frames of a window in the shot are fitted by
+    mixtures of its ends; the dissolve is where the mixture, extrapolated, goes from 0 to 1."""
+    first = max(centre - 2 * reach, *(c for c in cuts if c <= centre))
+    last = min(centre + 2 * reach, *(c - 1 for c in cuts if c > centre))
+    if first > centre - reach or last < centre + reach:
+        return None
+
+    change = x[last] - x[first]
+    moved = x[first : last + 1] - x[first]
+    mixture = (moved * change).sum((1, 2, 3)) / (change**2).sum()  # (frames of the window,)
+    early, late = np.flatnonzero(mixture < 0.2), np.flatnonzero(mixture > 0.8)
+    if not len(late) or late[0] <= early[-1] + 1:
+        return None
+    inside = np.arange(early[-1], late[0] + 1)
+    begin, end = (np.interp(v, mixture[inside], inside) for v in (0.2, 0.8))
+
+    error = mean_difference(moved - mixture[:, None, None, None] * change)[inside].max()
+    margin = (end - begin) / 3
+    begin, end = round(begin - margin), round(end + margin) + 1
+    return error / np.abs(change).mean(), first + begin, first + end
+
+
+# --------------------------------------------------------------------------------------------------
+# detect: tracks [(frame, box), ...] of faces, and one fixed square a clip
+
+
+def sample_step(fps):
+    return max(1, round(fps / SAMPLES))
+
+
+def rejection(reason, frames=0):
+    return [dict(start=0, end=frames, reason=reason)]
 
 
 def key_frames_have_a_face(video, landmarker):
@@ -274,218 +292,234 @@ def key_frames_have_a_face(video, landmarker):
     count = 0
     with data.open_video(video.path) as container:
         stream = data.video_stream(container)
-        stream.codec_context.skip_frame, show = "NONKEY", data.Screen(stream)
+        stream.codec_context.skip_frame = "NONKEY"
+        show = data.Screen(stream)
         with contextlib.suppress(UserError):  # no key frame at all
             for count, frame in enumerate(data.decode(container, video.path), 1):
-                if next(landmarker.everyone(show(frame)), None) is not None:
+                if any(True for _ in landmarker.everyone(show(frame))):
                     return True
     return count < len(video) / video.fps / 5
 
 
-def link(samples, stops):
-    """Tracks {frame: box} of faces, from samples {frame: boxes}; none crosses a frame of `stops`. A
-    face that has moved far from its track's begin starts a new one: one square must hold it."""
-    open_tracks, done, before = [], [], -1
-    for frame, boxes in sorted(samples.items()):
-        if any(before < stop <= frame for stop in stops):
-            done, open_tracks = done + open_tracks, []
-        boxes, going = list(boxes), []
-
-        for track in open_tracks:
-            last = max(track)
-            best = max(boxes, key=lambda box: overlap(box, track[last]), default=None)
-            if best is None or overlap(best, track[last]) < 0.3:
-                missed = sum(last < f <= frame for f in samples)
-                (done if missed >= 2 else going).append(track)
-                continue
-            boxes.remove(best)
-            if overlap(best, track[min(track)]) < 0.35:
-                done.append(track)
-                track = {}
-            going.append(track | {frame: best})
-        open_tracks, before = going + [{frame: box} for box in boxes], frame
-    return sorted(done + open_tracks, key=lambda track: (min(track), track[min(track)]))
-
-
-def nearest(track, frame):
-    """The box of a track at the sampled frame nearest to `frame`."""
-    return track[min(track, key=lambda f: abs(f - frame))]
-
-
 def scan(video, spans, landmarker):
-    """One pass over a video: (thumbnails (M, 24, 24, 3), {frame: boxes of faces within the spans},
-    (height, width))."""
-    every, thumbs, samples = max(1, round(video.fps / SAMPLES)), [], {}
-    wanted = lambda f: not spans or any(begin <= f / video.fps < end for begin, end, _ in spans)
+    """(thumbnails (M, 24, 24, 3), {frame: boxes} of the samples within spans, (height, width))."""
+    thumbs, samples, step = [], {}, sample_step(video.fps)
     for f, image in enumerate(video):
         thumbs.append(cv2.resize(image, (24, 24), interpolation=cv2.INTER_AREA))
-        if f % every == 0 and wanted(f):
+        if f % step == 0 and any(begin <= f / video.fps < end for begin, end, _ in spans):
             samples[f] = [mesh_box(p) for p in landmarker.everyone(image)]
     return np.stack(thumbs), samples, image.shape[:2]
 
 
-def limits(track, others, shots, every, M):
-    """(first, end) frames that a track may cover: less than `every` beyond its samples, within its
-    shot, and not where another track takes over the same face."""
-    first, last = min(track), max(track)
-    begin, end = next((b, e) for b, e in shots if b <= first < e)
-    begin = begin if first - begin < every else first - every + 1
-    end = end if end - last <= every else last + every
-    for other in others:
-        if last < min(other) <= end and overlap(track[last], other[min(other)]) > 0.1:
-            end = min(other)
-        if first > max(other) >= begin - every and overlap(track[first], other[max(other)]) > 0.1:
-            begin = max(begin, first)
-    return max(0, begin), min(M, end)
-
-
-def look_closer(video, wanted, landmarker):
-    """[(M', 478, 3)] landmarks, NaN where not found, of all frames of [(first, end, track)]."""
-    points = [np.full((end - first, 478, 3), np.nan, np.float32) for first, end, _ in wanted]
-    for f, image in enumerate(video if wanted else ()):
-        for (first, end, track), found in zip(wanted, points):
-            if not first <= f < end:
+def link_faces(samples):
+    """Tracks of the samples {frame: boxes} of a shot. A face that has moved far from its track's
+    first box starts a new track: one square must hold it."""
+    tracks, done, previous = [], [], None
+    for frame, boxes in samples.items():
+        boxes, going = list(boxes), []
+        for track in tracks:
+            last, before = track[-1]
+            box = max(boxes, key=lambda box: overlap(box, before), default=(0, 0, 0, 0))
+            if overlap(box, before) < 0.3:
+                missed_once = last == previous
+                (going if missed_once else done).append(track)
                 continue
-            x0, y0, x1, y1 = box = nearest(track, f)
+
+            boxes.remove(box)
+            if overlap(box, track[0][1]) < 0.35:
+                done.append(track)
+                track = []
+            going.append([*track, (frame, box)])
+        tracks = going + [[(frame, box)] for box in boxes]
+        previous = frame
+    return sorted(done + tracks)
+
+
+def extent(track, tracks, shot, step):
+    """(begin, end) of the frames that a track may cover: less than `step` beyond its samples,
+    within its shot, and not where another track takes over the same face."""
+    (first, first_box), (last, last_box) = track[0], track[-1]
+    begin, end = max(shot[0], first - step + 1), min(shot[1], last + step)
+    for other in tracks:
+        (start, start_box), (stop, stop_box) = other[0], other[-1]
+        if last < start <= end and overlap(last_box, start_box) > 0.1:
+            end = start
+        if begin - step <= stop < first and overlap(first_box, stop_box) > 0.1:
+            begin = first
+    return begin, end
+
+
+def nearest_box(track, frame):
+    return min(track, key=lambda sample: abs(sample[0] - frame))[1]
+
+
+def track_landmarks(video, extents, landmarker):
+    """[(M', 478, 3)] landmarks, NaN where not found, of all frames of [(begin, end, track)]."""
+    points = [np.full((end - begin, LANDMARKS, 3), np.nan, "f4") for begin, end, _ in extents]
+    for f, image in enumerate(video if extents else ()):
+        for (begin, end, track), found in zip(extents, points):
+            if not begin <= f < end:
+                continue
+            x0, y0, x1, y1 = box = nearest_box(track, f)
             side = 1.6 * max(x1 - x0, y1 - y0)
             square = round((x0 + x1 - side) / 2), round((y0 + y1 - side) / 2), round(side)
             mesh = landmarker.landmarks(image, square)
             if mesh is not None and overlap(mesh_box(mesh), box) > 0.2:
-                found[f - first] = mesh
+                found[f - begin] = mesh
     return points
 
 
-def pieces(first, points, others, shape, fps, a):
-    """Candidates [dict(start, end, square, face, reason)] of one track: landmarks (M, 478, 3) from
-    frame `first`, trimmed to frames with a face, split evenly above LONGEST, halved while the face
-    leaves its square. `others`: boxes of other faces by frame."""
+TOO_LONG, LEAVES = "too long", "face moves out of its square"
+
+
+def split_track(start, points, track, samples, shape, fps, a):
+    """Candidates [dict(start, end, square, face, reason)] of landmarks (M, 478, 3) from frame
+    `start`, trimmed to frames with a face, split evenly above LONGEST, halved while the face leaves
+    its square."""
     found = np.flatnonzero(~np.isnan(points[:, 0, 0]))
     if not len(found):
         return []
-    first, points = int(first + found[0]), points[found[0] : found[-1] + 1]
-    here = dict(start=first, end=first + len(points), square=None, face=None)
-    rejected = lambda reason: [here | dict(reason=reason)]
+    start, points = int(start + found[0]), points[found[0] : found[-1] + 1]
+    candidate = dict(start=start, end=start + len(points), square=None, face=None)
+    reason = frame_face(candidate, points, track, samples, shape, fps, a)
 
-    def split(count):
-        parts = np.array_split(np.arange(len(points)), count)
-        return [c for p in parts for c in pieces(first + p[0], points[p], others, shape, fps, a)]
+    count = 1
+    if reason == TOO_LONG:
+        count = math.ceil(len(points) / fps / LONGEST)
+    elif reason == LEAVES and len(points) // 2 / fps > a.min_seconds:
+        count = 2
+    if count == 1:
+        return [candidate | dict(reason=reason)]
+    candidates = []
+    for part in np.array_split(points, count):
+        candidates += split_track(start, part, track, samples, shape, fps, a)
+        start += len(part)
+    return candidates
 
-    # Length
-    seconds = len(points) / fps
-    if seconds <= a.min_seconds:
-        return rejected(f"face for {a.min_seconds:g} s or less")
-    if seconds > LONGEST:
-        return split(math.ceil(seconds / LONGEST))
+
+def frame_face(candidate, points, track, samples, shape, fps, a):
+    """Why a candidate is left out, or None; adds its square and the face's size in it. Paper 3.3:
+    "stable detections larger than 400 pixels in segments longer than 2 seconds"."""
+    if len(points) / fps <= a.min_seconds:
+        return f"face for {a.min_seconds:g} s or less"
+    if len(points) / fps > LONGEST:
+        return TOO_LONG
     seen = points[~np.isnan(points[:, 0, 0])]
     if len(seen) < 0.9 * len(points):
-        return rejected("face lost in more than a tenth of the frames")
+        return "face lost in more than a tenth of the frames"
 
-    # Square
     square = data.keep_inside(data.face_square(seen), shape)
     if square is None:
-        return rejected(data.TOO_LARGE)
-    x, y, side = (int(v) for v in square)
-    here |= dict(square=[x, y, side], mirrored=data.mirrored(square, shape))
-    boxes = np.array([mesh_box(p) for p in seen])
+        return data.TOO_LARGE
+    x, y, side = square
+    edges = x, y, x + side, y + side
+    boxes = np.array([mesh_box(p) for p in seen])  # (M, 4)
     size = np.median(boxes[:, 2:] - boxes[:, :2], 0) / side
-    here["face"] = [float(v) for v in np.round(size, 3)]
+    margin = data.mirrored(square, shape)
+    candidate.update(square=[x, y, side], face=size.round(3).tolist(), mirrored=margin)
     if side < a.min_side:
-        return rejected(f"square smaller than {a.min_side} pixels")
+        return f"square smaller than {a.min_side} pixels"
+    if (boxes < edges)[:, :2].any() or (boxes > edges)[:, 2:].any():
+        return LEAVES
 
-    # What is in it
-    if (boxes[:, :2] < (x, y)).any() or (boxes[:, 2:] > (x + side, y + side)).any():
-        if len(points) // 2 / fps > a.min_seconds:
-            return split(2)
-        return rejected("face moves out of its square")
-    frame = x, y, x + side, y + side
-    samples = [others[f] for f in range(here["start"], here["end"]) if f in others]
-    crowded = [any(overlap(box, frame) > 0.02 for box in boxes) for boxes in samples]
+    crowded = []
+    for f in samples.keys() & range(candidate["start"], candidate["end"]):
+        face = nearest_box(track, f)
+        others = [box for box in samples[f] if overlap(box, face) < 0.3]
+        crowded.append(any(overlap(box, edges) > 0.02 for box in others))
     if np.mean(crowded or [0]) > 0.2:
-        return rejected("another face in its square")
+        return "another face in its square"
     if np.nanstd(points / side, 0).mean() < 5e-4:
-        return rejected("nothing moves")
-    return rejected(None)
+        return "nothing moves"
 
 
 def detect(source, a):
-    """Candidates of a video: shots, tracks of faces within them, `pieces` of the tracks."""
+    """Candidates of a video: its shots, tracks of faces within them, their parts as clips."""
     landmarker, video = get_landmarker(), data.Video(source.path)
     if source.spans is None and not key_frames_have_a_face(video, landmarker):
-        return [dict(start=0, end=len(video), reason="no face in its key frames")]
-    thumbs, samples, shape = scan(video, source.spans, landmarker)
-    M, every = len(thumbs), max(1, round(video.fps / SAMPLES))
+        return rejection("no face in its key frames", len(video))
+    spans, fps = source.spans or [(0, math.inf, None)], video.fps
+    thumbs, samples, (h, w) = scan(video, spans, landmarker)
 
     # Shots, and tracks of faces within them
-    found = transitions(thumbs)
-    begins, ends = [0, *(b for _, b in found)], [*(e for e, _ in found), M]
-    shots = [(b, e) for b, e in zip(begins, ends) if e > b]
-    samples = {f: boxes for f, boxes in samples.items() if any(b <= f < e for b, e in shots)}
-    tracks = link(samples, [b for b, _ in shots])
-    wanted = []
-    for track in (t for t in tracks if len(t) > 1):
-        others = [t for t in tracks if t is not track]
-        wanted.append((*limits(track, others, shots, every, M), track))
+    tracks, between = [], [(None, 0), *transitions(thumbs), (len(thumbs), None)]
+    for (_, begin), (end, _) in itertools.pairwise(between):
+        inside = {f: boxes for f, boxes in samples.items() if begin <= f < end}
+        tracks += [(track, (begin, end)) for track in link_faces(inside)]
+
+    # Landmarks of all frames that a track may cover
+    step, all_tracks = sample_step(fps), [track for track, _ in tracks]
+    extents = [(*extent(t, all_tracks, shot, step), t) for t, shot in tracks if len(t) > 1]
+    landmarks = track_landmarks(video, extents, landmarker)
 
     candidates = []
-    for (first, end, track), points in zip(wanted, look_closer(video, wanted, landmarker)):
-        others = {
-            f: [box for box in boxes if overlap(box, nearest(track, f)) < 0.3]
-            for f, boxes in samples.items()
-            if first <= f < end
-        }
-        for begin, stop, listed in source.spans or [(0, math.inf, None)]:
-            low = max(first, math.ceil(begin * video.fps))
-            high = end if stop == math.inf else int(min(end, stop * video.fps))
-            box = listed and [v * shape[1 - i % 2] for i, v in enumerate(listed)]
-            if low < high and (not box or overlap(box, track[min(track)]) >= 0.1):
-                part = points[low - first : high - first]
-                candidates += pieces(low, part, others, shape, video.fps, a)
-    about = dict(fps=str(video.fps), height=shape[0], width=shape[1])
-    nobody = dict(start=0, end=M, reason="no face for two looks in a row")
-    return [about | c for c in candidates] or [nobody]
+    for (begin, end, track), points in zip(extents, landmarks):
+        for since, until, box in spans:
+            low, high = max(begin, math.ceil(since * fps)), int(min(end, until * fps))
+            listed = not box or overlap(np.multiply(box, (w, h, w, h)), track[0][1]) >= 0.1
+            if low < high and listed:
+                part = points[low - begin : high - begin]
+                candidates += split_track(low, part, track, samples, (h, w), fps, a)
+
+    about = dict(fps=str(fps), height=h, width=w)
+    nobody = rejection("no face for two looks in a row", len(thumbs))
+    return [about | c for c in candidates] or nobody
 
 
 # --------------------------------------------------------------------------------------------------
-# validate, write
+# validate (paper 3.3: "maximum ArcFace and CLIP distances from the first frame"), write
+
+get_landmarker = functools.cache(data.FaceLandmarker)
 
 
-def crops(source, candidates, size=None, every=None):
-    """Yield (candidate number, frame, crop) in one pass, of all frames or of `every` a second."""
+@functools.cache
+def get_networks(clip, arcface, hyperiqa):
+    """(CLIP, ArcFace, HyperIQA); of the last two, None without a folder of weights."""
+    import evaluate
+
+    device = "cpu"
+    if gpus := torch.cuda.device_count():
+        device = f"cuda:{data.ranks()[2] % gpus}"
+    encoder = data.SceneEncoder(data.fetch(clip), device)
+    arcface = arcface and evaluate.load_arcface(arcface)
+    return encoder, arcface, hyperiqa and evaluate.load_hyperiqa(hyperiqa, device)
+
+
+def crops(source, candidates, size, sampled=False):
+    """Yield (candidate's number, frame, crop) in one pass, of all frames or of samples."""
     if all(c["reason"] for c in candidates):
         return
     video = data.Video(source.path)
-    step = max(1, round(video.fps / every)) if every else 1
+    step = sample_step(video.fps) if sampled else 1
     for f, image in enumerate(video):
         for i, c in enumerate(candidates):
             inside = c["reason"] is None and c["start"] <= f < c["end"]
             if inside and (f - c["start"]) % step == 0:
-                yield i, f, data.crop(image, tuple(c["square"]), size or c["square"][2])
+                yield i, f, data.crop(image, c["square"], size)
 
 
 @torch.no_grad()
 def validate(source, a, candidates):
-    """Every candidate with its smallest CLIP (and ArcFace) cosine to its first frame (paper: "max
-    ArcFace and CLIP distance from frame 1"). `write` applies the thresholds."""
-    encoder = get_encoder(str(a.clip))
-    arcface, iqa = get_net("arcface", a.arcface), get_net("hyperiqa", a.hyperiqa)
-    values = [dict(clip=[], arcface=[], hyperiqa=[]) for _ in candidates]
-    for i, _, image in crops(source, candidates, 256, SAMPLES):
-        v = values[i]
-        v["clip"].append(encoder.images(data.to_tensor(image[None]))[0].cpu().numpy())
+    """Every candidate with its smallest CLIP (and ArcFace) cosine to its first frame. `write`
+    applies the thresholds, on which the paper is silent."""
+    encoder, arcface, hyperiqa = get_networks(a.clip, a.arcface, a.hyperiqa)
+    measured = [defaultdict(list) for _ in candidates]
+    for i, _, image in crops(source, candidates, 256, sampled=True):
+        values = measured[i]
+        values["clip"].append(encoder.images(data.to_tensor(image[None]))[0].cpu().numpy())
         points = get_landmarker().landmarks(image) if arcface else None
         if points is not None:
-            v["arcface"].append(arcface(image[None], points[None] / 256)[0])
-        if iqa and len(v["hyperiqa"]) < 3:
-            v["hyperiqa"].append(iqa(image[None])[0])
+            values["arcface"].append(arcface(image[None], points[None] / 256)[0])
+        if hyperiqa and len(values["hyperiqa"]) < 3:
+            values["hyperiqa"].append(hyperiqa(image[None])[0])
 
-    result = [dict(c) for c in candidates]
-    for c, v in zip(result, values):
-        for name in ("clip", "arcface"):
-            if v[name]:
-                c[f"{name}_cosine"] = round(float(min(np.stack(v[name]) @ v[name][0])), 4)
-        if v["hyperiqa"]:
-            c["hyperiqa"] = round(float(np.mean(v["hyperiqa"])), 2)
-    return result
+    for c, values in zip(candidates, measured):
+        for name in COSINES:
+            if vectors := values[name]:
+                c[f"{name}_cosine"] = round(float(min(np.stack(vectors) @ vectors[0])), 4)
+        if values["hyperiqa"]:
+            c["hyperiqa"] = round(float(np.mean(values["hyperiqa"])), 2)
+    return candidates
 
 
 def split_of(identity, fraction):
@@ -495,166 +529,131 @@ def split_of(identity, fraction):
 
 def another_scene(c, a):
     """The reason to leave out a candidate with cosines below the thresholds, or None."""
-    for name, title in (("clip", "CLIP"), ("arcface", "ArcFace")):
+    for name, title in COSINES.items():
         threshold = getattr(a, f"min_{name}")
         if c.get(f"{name}_cosine", 1) < threshold:
             return f"{title} cosine to the first frame below {threshold:g}"
 
 
-def read_drop(path):
-    """Entries of a drop list, one a line; OUT/drop.txt is what every --drop adds to."""
-    lines = data.read_text(path).splitlines() if path.exists() else ()
-    return set(map(str.strip, lines)) - {""}
-
-
 def drop_entries(source, out):
-    """Entries of the drop list that are about a video."""
+    """The entries about a video in OUT/drop.txt, which every --drop adds to."""
+    path = out / "drop.txt"
     names = {source.name, source.path.stem, source.path.name, source.identity}
-    entries = read_drop(out / "drop.txt")
-    return sorted(entry for entry in entries if entry in names or source.key in entry)
+    entries = read_entries(path) if path.exists() else ()
+    return [entry for entry in entries if entry in names or source.key in entry]
 
 
 @functools.cache
 def written_before(out):
     """{key of a video: its clips in OUT/train and OUT/test when this process began}."""
-    found = {}
-    for path in (*(out / "train").glob("*"), *(out / "test").glob("*")):
+    found = defaultdict(list)
+    for path in (*out.glob("train/*"), *out.glob("test/*")):
         if match := re.match(r"\.?(.*-[0-9a-f]{8})-\d{6}(-|\.)", path.name):
-            found.setdefault(match[1], []).append(path)
+            found[match[1]].append(path)
     return found
 
 
 def write(source, a, candidates):
     """Write the clips of a video. Every candidate gets the name of its clip, or its reason."""
-    dropped, result = drop_entries(source, a.out), []
-    split = split_of(source.identity, a.test)
+    dropped, split = drop_entries(source, a.out), split_of(source.identity, a.test)
     for c in candidates:
-        place = [f"{v:04d}" for v in (c.get("square") or ())[:2]]
-        name = "-".join([source.key, f"{c['start']:06d}", *place])  # by content, so it stays
-        listed = any(source.key not in entry or Path(entry).stem == name for entry in dropped)
-        reason = c["reason"] or another_scene(c, a) or ("on the drop list" if listed else None)
-        result.append(
-            c | dict(reason=reason) | ({} if reason else dict(clip=f"{split}/{name}.mp4"))
-        )
+        c["reason"] = c["reason"] or another_scene(c, a)
+        if c["reason"]:
+            continue
+        x, y, _ = c["square"]
+        name = f"{source.key}-{c['start']:06d}-{x:04d}-{y:04d}"  # by content, so it stays
+        if any(source.key not in entry or Path(entry).stem == name for entry in dropped):
+            c["reason"] = "on the drop list"
+        else:
+            c["clip"] = f"{split}/{name}.mp4"
 
     # Clips of other settings, or of a killed run
-    keep = {c.get("clip") for c in result}
-    for path in written_before(a.out).get(source.key, ()):
-        if f"{path.parent.name}/{path.name}" not in keep:
-            path.unlink(missing_ok=True)
+    keep = {a.out / c["clip"] for c in candidates if "clip" in c}
+    for path in set(written_before(a.out).get(source.key, ())) - keep:
+        path.unlink(missing_ok=True)
 
     writers = {}
     with contextlib.ExitStack() as stack:
-        for i, f, image in crops(source, result, a.size):
-            c, path = result[i], a.out / result[i]["clip"]
+        for i, f, image in crops(source, candidates, a.size):
+            c = candidates[i]
+            path = a.out / c["clip"]
             if i not in writers:
-                frames = [c["start"], c["end"]]
-                about = dict(source=source.path.name, frames=frames, square=c["square"])
-                writer = data.VideoWriter(path, c["fps"], json.dumps(about))
-                writers[i] = stack.enter_context(writer)
+                frames, square = [c["start"], c["end"]], c["square"]
+                about = json.dumps(dict(source=source.path.name, frames=frames, square=square))
+                writers[i] = stack.enter_context(data.VideoWriter(path, c["fps"], about))
             writers[i].write(image)
             if f == c["end"] - 1:
                 writers[i].close()
                 c["bytes"] = path.stat().st_size
-    return result
+    return candidates
 
 
 # --------------------------------------------------------------------------------------------------
 # Stages: one file a video and stage, {"key": settings, "candidates": [...]}, written atomically
 
-
-@functools.cache
-def get_landmarker():
-    return data.FaceLandmarker()
-
-
-def get_device():
-    *_, local = data.ranks()
-    gpu = torch.cuda.is_available()
-    return f"cuda:{local % torch.cuda.device_count()}" if gpu else "cpu"
-
-
-@functools.cache
-def get_encoder(path):
-    return data.SceneEncoder(data.fetch(path), get_device())
-
-
-@functools.cache
-def get_net(name, folder):
-    """A network of evaluate.py whose weights lie in `folder`, or None."""
-    import evaluate
-
-    device = dict(device=get_device()) if name == "hyperiqa" else {}
-    return getattr(evaluate, f"load_{name}")(folder, **device) if folder else None
-
-
-# (function, settings that its results depend on)
-STAGES = dict(
-    detect=(detect, ("min_seconds", "min_side")),
-    validate=(validate, ("clip", "arcface", "hyperiqa")),
-    write=(write, ("min_clip", "min_arcface", "size", "test")),
+STAGES = dict(  # function, the stage before, settings that the candidates depend on
+    detect=(detect, None, ("min_seconds", "min_side")),
+    validate=(validate, "detect", ("clip", "arcface", "hyperiqa")),
+    write=(write, "validate", ("min_clip", "min_arcface", "size", "test")),
 )
-BEFORE = dict(validate="detect", write="validate")
 
 
-def stage_file(a, stage, source):
+def stage_file(stage, source, a):
     return a.out / stage / f"{source.key}.json"
 
 
-def stage_key(a, stage, source):
-    """What a stage's result depends on: settings, and the video or the stage before."""
-    values = {k: str(getattr(a, k)) for k in STAGES[stage][1]}
+def read_stage(path):
+    """A stage's file; None where it is missing or torn."""
+    with contextlib.suppress(OSError, UserError):
+        return data.read_json(path, ["key", "candidates", "video", "identity", "path"])
+
+
+def list_done(stage, a):
+    """[(source, content)] of the videos that went through a stage, in order."""
+    found = list(filter(None, map(read_stage, sorted((a.out / stage).glob("[!.]*.json")))))
+    if not found:
+        raise UserError(f"nothing in {a.out / stage}; run the stage before, or all: curate.py run")
+    return [(Source(Path(c["path"]), c["video"], c["identity"]), c) for c in found]
+
+
+def stage_key(stage, source, a):
+    """What a result depends on: settings, and the video or the stage before."""
+    _, before, settings = STAGES[stage]
+    key = {k: str(getattr(a, k)) for k in settings}
     if stage == "detect":
-        modified = data.changed(source.path)
-        return values | dict(path=str(source.path), modified=modified, spans=source.spans)
+        path, modified = str(source.path), data.changed(source.path)
+        return key | dict(path=path, modified=modified, spans=source.spans)
 
     if stage == "validate":
-        values["clip"] = data.sha256(data.fetch(a.clip))
+        key["clip"] = data.sha256(data.fetch(a.clip))
     if stage == "write":
-        values["drop"] = drop_entries(source, a.out)
-    before = read_stage(stage_file(a, BEFORE[stage], source)) or {}
-    return values | dict(before=zlib.crc32(json.dumps(before.get("candidates")).encode()))
-
-
-def read_stage(path):
-    """The content of a stage's file; None where it is missing or torn."""
-    try:
-        return data.read_json(path, ["key", "candidates", "video", "identity", "path"])
-    except (OSError, UserError):
-        return None
+        key["drop"] = drop_entries(source, a.out)
+    found = read_stage(stage_file(before, source, a)) or {}
+    return key | dict(before=zlib.crc32(json.dumps(found.get("candidates")).encode()))
 
 
 def is_done(stage, source, a):
     """Whether a stage has a video's final result of these settings, and its clips are whole."""
-    found = read_stage(stage_file(a, stage, source))
-    if not found or found["key"] != json.loads(json.dumps(stage_key(a, stage, source))):
+    found = read_stage(stage_file(stage, source, a))
+    if not found or found["key"] != json.loads(json.dumps(stage_key(stage, source, a))):
         return False
     clips = [(a.out / c["clip"], c.get("bytes")) for c in found["candidates"] if "clip" in c]
     return all(path.exists() and path.stat().st_size == size for path, size in clips)
 
 
-def work(stage, source, a):
-    """Candidates of one stage on one video, in the worker process. UserError where the machine or
-    the weights are at fault, not the video."""
+def make_candidates(stage, source, a):
+    """(candidates of a video, whether they are final: else the next run tries again). UserError
+    where the machine or the weights are at fault."""
     torch.set_num_threads(1)
-    inputs = []
-    if before := BEFORE.get(stage):
-        found = read_stage(stage_file(a, before, source))
-        if not found:
-            raise UserError(f"{source.path.name} has not gone through {before} yet")
-        inputs = [found["candidates"]]
-    if stage == "detect":
-        get_landmarker()
-    if stage == "validate":
-        get_encoder(str(a.clip))
+    function, before, _ = STAGES[stage]
     try:
-        return STAGES[stage][0](source, a, *inputs)
-    except (UserError, av.FFmpegError, OSError, MemoryError) as e:
-        return no_candidate(data.blame(e, source.path).replace(str(source.path), source.path.name))
-
-
-def no_candidate(reason):
-    return [dict(start=0, end=0, reason=reason)]
+        inputs = [read_stage(stage_file(before, source, a))["candidates"]] if before else []
+        return function(source, a, *inputs), True
+    except Exception as e:  # whatever goes wrong with a video, the rest goes on
+        there = source.path.exists()
+        reason = data.blame(e, source.path) if there else str(e)
+        reason = reason.replace(str(source.path), source.path.name)
+        return rejection(reason), there and isinstance(e, UserError | av.FFmpegError)
 
 
 @functools.cache
@@ -665,20 +664,12 @@ def worker():
 
 
 def attempt(stage, source, a):
-    """(candidates, whether they are final): after a crash or an unexpected error the next run tries
-    again. UserError where the machine is at fault."""
+    """`make_candidates`, in the worker process; a crash is not final either."""
     for _ in range(2):
-        try:
-            return worker().submit(work, stage, source, a).result(), True
-        except concurrent.futures.process.BrokenProcessPool:
-            worker.cache_clear()
-        except UserError as e:
-            if source.path.exists():
-                raise
-            return no_candidate(str(e)), False
-        except Exception as e:  # whatever goes wrong with a video, the rest goes on
-            return no_candidate(f"{type(e).__name__}: {e}"), False
-    return no_candidate("crashed the decoder"), False
+        with contextlib.suppress(concurrent.futures.BrokenExecutor):
+            return worker().submit(make_candidates, stage, source, a).result()
+        worker.cache_clear()
+    return rejection("crashed the decoder"), False
 
 
 def run_stage(stage, sources, a):
@@ -689,86 +680,80 @@ def run_stage(stage, sources, a):
     todo = [s for s in mine if not is_done(stage, s, a)]
     counts, frames, began = Counter(), 0, time.perf_counter()
 
-    title = f"{stage}, rank {rank}" if world > 1 else stage
-    bar = tqdm(todo, title, unit="video", disable=None)
+    bar = tqdm(todo, f"{stage}, rank {rank}", unit="video", disable=None)
     for source in bar:
-        if shutil.disk_usage(a.out).free < 2**30:
-            raise UserError(
-                f"less than 1 GiB is free under {a.out}; make room, give the command again"
-            )
-        key = stage_key(a, stage, source)
+        data.enough_disk(a.out, 1e9)
+        key = stage_key(stage, source, a)
         candidates, final = attempt(stage, source, a)
         about = dict(video=source.name, identity=source.identity, path=str(source.path))
         about |= dict(key=key if final else None, candidates=candidates)
-        data.write_text(stage_file(a, stage, source), json.dumps(about))
+        data.write_text(stage_file(stage, source, a), json.dumps(about))
 
         reasons = [c["reason"] or "kept" for c in candidates]
         counts.update(reason.replace(source.path.name, "the video") for reason in reasons)
         frames += sum(c["end"] - c["start"] for c in candidates)
         bar.set_postfix(kept=counts["kept"], left_out=counts.total() - counts["kept"])
 
-    speed = ""
-    if todo:
-        seconds = time.perf_counter() - began
-        speed = f", {len(todo) / seconds * 3600:,.0f} an hour"
-        speed += f", {frames / seconds:.0f} frames of candidates a second"
-    print(f"{stage}: {len(todo)} videos{speed}")
+    seconds = time.perf_counter() - began
+    speed = f"{len(todo) / seconds * 3600:,.0f} an hour, {frames / seconds:.0f} frames a second"
+    print(f"{stage}: {len(todo)} videos, {speed}")
     for reason, n in counts.most_common():
         print(f"  {n:6} {reason}")
 
 
-def list_done(a, stage):
-    """[(source, content)] of the videos that went through a stage, in order."""
-    files = sorted(p for p in (a.out / stage).glob("*.json") if not p.name.startswith("."))
-    found = list(filter(None, map(read_stage, files)))
-    if not found:
-        raise UserError(f"nothing in {a.out / stage}; run the stage before, or all: curate.py run")
-    return [(Source(Path(c["path"]), c["video"], c["identity"]), c) for c in found]
+# --------------------------------------------------------------------------------------------------
+# What came of it
+
+
+def save_histograms(path, values, lines):
+    """A picture with a histogram of each of {title: values}, and a line at {title: value}."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(values), figsize=(4 * len(values), 3), squeeze=False)
+    for ax, title in zip(axes[0], values):
+        ax.hist(values[title], 30)
+        ax.set(title=title)
+        if title in lines:
+            ax.axvline(lines[title], linestyle="--", color="black")
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def histogram(a):
+    """OUT/histogram.png: smallest cosines to the first frame, to choose the thresholds by."""
+    candidates = [c for _, found in list_done("validate", a) for c in found["candidates"]]
+    values, thresholds = {}, {}
+    for name, title in COSINES.items():
+        cosines = [c[f"{name}_cosine"] for c in candidates if f"{name}_cosine" in c]
+        if cosines:
+            values[title], thresholds[title] = cosines, getattr(a, f"min_{name}")
+            low = ", ".join(f"{v:.3f}" for v in np.percentile(cosines, [1, 5, 25, 50]))
+            title = f"smallest {title} cosine, percentiles 1, 5, 25, 50"
+            print(f"{title}: {low}; threshold {getattr(a, f'min_{name}'):g}")
+    if values:
+        save_histograms(a.out / "histogram.png", values, thresholds)
 
 
 def write_manifest(a):
     """OUT/manifest.jsonl: a line for every candidate that went through `write`, in order."""
     entries = []
-    for _, c in list_done(a, "write"):
-        split = split_of(c["identity"], a.test)
-        about = dict(video=c["video"], identity=c["identity"], split=split)
-        entries += [about | candidate for candidate in c["candidates"]]
+    for source, found in list_done("write", a):
+        split = split_of(source.identity, a.test)
+        about = dict(video=source.name, identity=source.identity, split=split)
+        entries += [about | c for c in found["candidates"]]
     path = a.out / "manifest.jsonl"
-    data.write_text(path, "\n".join(map(json.dumps, entries)) + "\n")
+    data.write_text(path, "".join(json.dumps(entry) + "\n" for entry in entries))
 
-    kept = [e for e in entries if e["reason"] is None]
-    for name in ("train", "test"):
-        if kept and all(e["split"] != name for e in kept):
+    kept = [entry["split"] for entry in entries if entry["reason"] is None]
+    for split in SPLITS:
+        if kept and split not in kept:
             why = "--test sets the fraction, and videos in one folder count as one person"
-            print(f"note: no identity fell to {name}; {why}")
+            print(f"note: no identity fell to {split}; {why}")
     left_out = len(entries) - len(kept)
-    folders = f"{a.out / 'train'} and {a.out / 'test'}"
-    print(f"{len(kept)} clips in {folders}, {left_out} candidates left out: {path}")
-
-
-def histogram(a):
-    """OUT/histogram.png: smallest cosines to the first frame, to choose the thresholds by."""
-    import matplotlib.pyplot as plt
-
-    candidates = [c for _, found in list_done(a, "validate") for c in found["candidates"]]
-    figure, ax = plt.subplots(figsize=(6, 4))
-    for name, threshold in (("clip", a.min_clip), ("arcface", a.min_arcface)):
-        values = [c[f"{name}_cosine"] for c in candidates if f"{name}_cosine" in c]
-        if values:
-            ax.hist(values, 40, alpha=0.6, label=name)
-            ax.axvline(threshold, linestyle="--", color="black")
-            low = ", ".join(f"{v:.3f}" for v in np.percentile(values, [1, 5, 25, 50]))
-            title = f"{name}: percentiles 1, 5, 25, 50 of the smallest cosine"
-            print(f"{title}: {low}; threshold {threshold:g}")
-    ax.set(xlabel="smallest cosine to the first frame", ylabel="candidates")
-    ax.legend()
-    figure.savefig(a.out / "histogram.png", dpi=120, bbox_inches="tight")
+    print(f"{len(kept)} clips in {a.out}/train and test, {left_out} candidates left out: {path}")
 
 
 def stats(a):
     """OUT/stats.png, the paper's Figs. 10 to 13, and a table of means beside the paper's."""
-    import matplotlib.pyplot as plt
-
     path = a.out / "manifest.jsonl"
     if not path.exists():
         raise UserError(f"no {path}; run write first")
@@ -776,56 +761,57 @@ def stats(a):
     if not clips:
         raise UserError(f"no clip was kept in {a.out}; {path} says why")
 
-    values = dict(
-        duration=[(c["end"] - c["start"]) / float(Fraction(c["fps"])) for c in clips],
-        hyperiqa=[c["hyperiqa"] for c in clips if "hyperiqa" in c],
-        resolution=[c["square"][2] for c in clips],
-        face_width=[c["face"][0] for c in clips],
-        face_height=[c["face"][1] for c in clips],
-    )
-    shown = {k: v for k, v in values.items() if v}
-    figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown), 3), squeeze=False)
-    print(f"{len(clips)} clips, {sum(values['duration']) / 3600:.2f} hours\n")
+    duration = [(c["end"] - c["start"]) / float(Fraction(c["fps"])) for c in clips]
+    rows = [  # and the paper's mean and standard deviation
+        ("duration", duration, 3.29, 2.07),
+        ("hyperiqa", [c["hyperiqa"] for c in clips if "hyperiqa" in c], 51.5, 10.72),
+        ("resolution", [c["square"][2] for c in clips], 745.1, 247.8),
+        ("face width", [c["face"][0] for c in clips], 0.45, 0.05),
+        ("face height", [c["face"][1] for c in clips], 0.53, 0.07),
+    ]
+    rows = [row for row in rows if row[1]]
+    save_histograms(a.out / "stats.png", {title: values for title, values, *_ in rows}, {})
+    print(f"{len(clips)} clips, {sum(duration) / 3600:.2f} hours\n")
     print("| | mean | standard deviation | the paper |\n|---|---|---|---|")
-    for ax, (name, v) in zip(axes[0], shown.items()):
-        title, (mean, deviation) = name.replace("_", " "), PAPER[name]
-        ax.hist(v, 30)
-        ax.set(title=title)
+    for title, v, mean, deviation in rows:
         print(f"| {title} | {np.mean(v):.2f} | {np.std(v):.2f} | {mean:g} ± {deviation:g} |")
-    figure.savefig(a.out / "stats.png", dpi=120, bbox_inches="tight")
 
 
 def arguments():
     ap = data.Parser(__doc__)
     add, number = ap.add_argument, data.number
-    cosine = number(float, -2, 2)
+    seconds, cosine, fraction = number(float, 0), number(float, -2, 2), number(float, 0, 1)
     add("command", choices=["run", "search", *STAGES, "stats"])
     add("source", type=Path, nargs="?", help="folder of videos; of `search`: a file of queries")
     add("--out", type=Path, default=Path("clips"))
-    add(
-        "--top",
-        type=number(int, 1),
-        default=20,
-        help="of `search`: videos a query (the paper's 20)",
-    )
+    add("--top", type=number(int, 1), default=20, help="of `search`: videos a query (paper: 20)")
     # Paper: 400, which cannot be the face's own box: its clips would be larger than they are
     add("--min-side", type=number(int, 0), default=400, help="least pixels of a clip's square")
-    add("--min-seconds", type=number(float, 0), default=2.0, help="clips are longer than this")
-    add("--clip", default=DEMO / "clip.safetensors", help="CLIP: a file, or ViT-L-14, the paper's")
+    add("--min-seconds", type=seconds, default=2.0, help="clips are longer than this")
+    add("--clip", default=data.DEMO / "clip.safetensors", help="a file, or ViT-L-14, the paper's")
     add("--min-clip", type=cosine, default=0.75, help="least CLIP cosine to the first frame")
-    add("--arcface", type=Path, help="folder with w600k_r50.onnx (for research only): ArcFace too")
+    add("--arcface", type=Path, help="folder of w600k_r50.onnx (research only)")
     add("--min-arcface", type=cosine, default=0.4, help="least ArcFace cosine to the first frame")
-    add("--hyperiqa", type=Path, help="folder with koniq_pretrained.pkl: quality for stats")
+    add("--hyperiqa", type=Path, help="folder of koniq_pretrained.pkl")
     add("--size", type=number(int, 2, 4096), default=512, help="pixels of the written clips")
-    add(
-        "--test", type=number(float, 0, 1), default=0.02, help="fraction of identities for OUT/test"
-    )
-    drop = "file with a clip, video or identity a line to leave out from now on (OUT/drop.txt)"
-    add("--drop", type=Path, help=drop)
+    add("--test", type=fraction, default=0.02, help="fraction of identities for OUT/test")
+    add("--drop", type=Path, help="file of clips, videos, identities to leave out from now on")
     a = ap.parse_args()
     if a.size % 2:
         raise UserError(f"--size {a.size} is not an even number of pixels")
     return a
+
+
+def check_weights(a):
+    """Name missing files before the work."""
+    import evaluate
+
+    if data.fetch(a.clip).resolve().parent == data.DEMO:
+        only = "the bundled CLIP has seen rendered faces only"
+        print(f"note: {only}; for real ones give --clip ViT-L-14")
+    for folder, name in (a.arcface, "w600k_r50.onnx"), (a.hyperiqa, "koniq_pretrained.pkl"):
+        if folder:
+            evaluate.find_weights(name, folder)
 
 
 def main():
@@ -836,47 +822,30 @@ def main():
     rank, world, _ = data.ranks()
     if a.command == "run" and world > 1:
         raise UserError("with several processes give detect, validate, write one after the other")
-    if a.drop and not a.drop.is_file():
-        raise UserError(f"no such file: {a.drop}")
-    sources = None
-    if a.command in ("run", "detect"):
-        if a.source is None:
-            example = f"python curate.py {a.command} VIDEOS --out {a.out}"
-            raise UserError(f"name the folder of videos: {example}")
+    stages = list(STAGES) if a.command == "run" else [a.command]
+    if "detect" in stages:
         sources = list_sources(a.source, a.out)
+
     with data.owned(a.out / f"rank-{rank}"):
-        run_stages(a, sources, world == 1)
+        if "validate" in stages:
+            check_weights(a)
+        if a.drop:
+            entries, path = read_entries(a.drop), a.out / "drop.txt"
+            path.touch()
+            entries = sorted({*entries, *read_entries(path)})
+            data.write_text(path, "\n".join(entries) + "\n")
 
-
-def run_stages(a, sources, alone):
-    # Missing files are named before the work
-    if a.command in ("run", "validate"):
-        data.fetch(a.clip)
-        if Path(a.clip).resolve().parent == DEMO:
-            only = "the bundled CLIP has seen rendered faces only"
-            print(f"note: {only}; for real ones give --clip ViT-L-14")
-    for folder, name in (a.arcface, "w600k_r50.onnx"), (a.hyperiqa, "koniq_pretrained.pkl"):
-        if folder:
-            import evaluate
-
-            evaluate.find_weights(name, folder)
-    if a.drop:
-        path = a.out / "drop.txt"
-        data.write_text(path, "\n".join(sorted(read_drop(path) | read_drop(a.drop))) + "\n")
-
-    if sources:
-        run_stage("detect", sources, a)
-    if a.command in ("run", "validate"):
-        run_stage("validate", [s for s, _ in list_done(a, "detect")], a)
-        if alone:
-            histogram(a)
-    if a.command in ("run", "write"):
-        sources = [s for s, _ in list_done(a, "validate")]
-        if a.test < 1 and all(split_of(s.identity, a.test) == "test" for s in sources):
-            a.test = 0  # the only identity is for training
-        run_stage("write", sources, a)
-        if alone:
-            write_manifest(a)
+        for stage in stages:
+            if before := STAGES[stage][1]:
+                sources = [source for source, _ in list_done(before, a)]
+            if stage == "write" and a.test < 1:
+                if all(split_of(s.identity, a.test) == "test" for s in sources):
+                    a.test = 0  # the only identity is for training
+            run_stage(stage, sources, a)
+            if world == 1 and stage == "validate":
+                histogram(a)
+            if world == 1 and stage == "write":
+                write_manifest(a)
     if a.command == "run":
         stats(a)
 

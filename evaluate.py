@@ -425,8 +425,8 @@ def sample_latents(models, source, landmarks, settings, plan=None, scene=None):
     if scene is None:
         scene = sample.make_scene(models, source, None, None)
     conditions = sample.make_conditions(models, scene, landmarks, settings.guidance)
-    latent = sample.sample_video(models.sdit, conditions, settings, plan=plan)
-    return torch.stack([latent(f) for f in range(len(landmarks))]).float()
+    latents = sample.sample_video(models.sdit, conditions, settings, plan=plan)
+    return torch.stack([latents[f] for f in range(len(landmarks))]).float()
 
 
 @torch.no_grad()

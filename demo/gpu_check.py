@@ -120,7 +120,7 @@ def equality(bench):
             T // 2,
         )
         latent = sample.sample_video(model, conditions, settings)
-        banked = torch.stack([latent(f) for f in range(M)])
+        banked = torch.stack([latent[f] for f in range(M)])
         order = torch.from_numpy(rows[keep].argsort())
         plain = plain.cpu()[torch.from_numpy(keep)][order]
         values = dict(bank_against_rule=relative(banked, plain))
@@ -133,7 +133,7 @@ def equality(bench):
                 latent = sample.sample_video(model, conditions, settings)
             finally:
                 sample.Captured = captured
-            same = torch.equal(banked, torch.stack([latent(f) for f in range(M)]))
+            same = torch.equal(banked, torch.stack([latent[f] for f in range(M)]))
             values["recorded_is_equal_to_the_bit"] = same
         bench.add("equality", str(dtype).removeprefix("torch."), **values)
 
@@ -224,7 +224,7 @@ def sampling(bench):
                 )
                 denoised = time.monotonic()
                 for f in range(0, M, 8):
-                    part = torch.stack([latent(i) for i in range(f, min(f + 8, M))])
+                    part = torch.stack([latent[i] for i in range(f, min(f + 8, M))])
                     data.to_images(autoencoder.decode(part.to(bench.device)))
                 seconds = time.monotonic() - began
                 per_frame_step = seconds / M / steps

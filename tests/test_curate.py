@@ -63,12 +63,12 @@ def die(*_):
 
 
 def test_a_crash_of_the_decoder_is_a_line(videos, tmp_path, monkeypatch):
-    monkeypatch.setattr(curate, "work", die)
+    monkeypatch.setattr(curate, "make_candidates", die)
     (tmp_path / "in").mkdir()
     for name in ("nobody.mp4", "text.mp4"):
         shutil.copy(videos / name, tmp_path / "in")
     curate.run_stage("detect", curate.list_sources(tmp_path / "in", tmp_path), arguments(tmp_path))
-    assert [c["reason"] for _, found in curate.list_done(arguments(tmp_path), "detect") for c in found["candidates"]] == ["crashed the decoder"] * 2
+    assert [c["reason"] for _, found in curate.list_done("detect", arguments(tmp_path)) for c in found["candidates"]] == ["crashed the decoder"] * 2
 
 
 def test_a_drop_list_takes_clips_away(curated, tmp_path):
@@ -87,7 +87,7 @@ def test_thresholds_are_set_without_measuring_again(curated, tmp_path, capsys):
     """`write` alone applies them; and only videos on the drop list are written again."""
     out = tmp_path / "copy"
     shutil.copytree(curated, out)
-    sources = [s for s, _ in curate.list_done(arguments(out), "validate")]
+    sources = [s for s, _ in curate.list_done("validate", arguments(out))]
     curate.run_stage("validate", sources, arguments(out, min_clip=0.99))
     curate.run_stage("write", sources, arguments(out))
     assert capsys.readouterr().out.count(": 0 videos") == 2
@@ -96,15 +96,15 @@ def test_thresholds_are_set_without_measuring_again(curated, tmp_path, capsys):
     assert "write: 1 videos" in capsys.readouterr().out
     curate.run_stage("write", sources, arguments(out, min_clip=1.01))
     assert not list(out.glob("t*/*.mp4"))
-    reasons = {c["reason"] for _, found in curate.list_done(arguments(out), "write") for c in found["candidates"] if "clip_cosine" in c}
+    reasons = {c["reason"] for _, found in curate.list_done("write", arguments(out)) for c in found["candidates"] if "clip_cosine" in c}
     assert reasons == {"CLIP cosine to the first frame below 1.01"}
 
 
 def test_a_folder_that_is_not_there_is_not_the_videos_fault(tmp_path):
     source = curate.Source(tmp_path / "gone.mp4", "gone.mp4", "gone")
     source.path.write_bytes(b"")
-    key = curate.stage_key(arguments(tmp_path), "detect", source)
-    assert curate.stage_key(arguments(tmp_path), "detect", curate.Source(tmp_path / "." / ".." / tmp_path.name / "gone.mp4", "gone.mp4", "gone")) != key
+    key = curate.stage_key("detect", source, arguments(tmp_path))
+    assert curate.stage_key("detect", curate.Source(tmp_path / "." / ".." / tmp_path.name / "gone.mp4", "gone.mp4", "gone"), arguments(tmp_path)) != key
     assert curate.attempt("detect", source, arguments(tmp_path))[1]             # an empty file is to blame itself
     source.path.unlink()
     assert not curate.attempt("detect", source, arguments(tmp_path))[1]

@@ -111,8 +111,8 @@ def test_engines_sample_videos_of_any_length(small_model, engine, guidance):
     by_model, by_engine = (sample.sample_video(m, conditions, settings) for m in (small_model, engine))
     limited = sample.sample_video(type(engine)(**dict(vars(engine), most_rows=2)), conditions, settings)         # a video longer than the engine's rows
     for frame in range(30):
-        assert export.relative_error(by_engine(frame), by_model(frame)) <= 1e-3
-        assert export.relative_error(limited(frame), by_model(frame)) <= 1e-3
+        assert export.relative_error(by_engine[frame], by_model[frame]) <= 1e-3
+        assert export.relative_error(limited[frame], by_model[frame]) <= 1e-3
     banks = [sample.sample_first(m, *first_row(small_model, conditions), settings, 2)[1] for m in (small_model, engine)]
     for of_model, of_engine in zip(*banks, strict=True):
         assert export.relative_error(of_engine[:, :, :len(conditions)], torch.cat(of_model, 2)) <= 1e-3

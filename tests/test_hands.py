@@ -174,7 +174,7 @@ def test_torn_rows_and_records_are_made_again(tmp_path):
     whole = rows._path(0).read_bytes()
     for row, torn in enumerate((b"", whole[:-9], bytes(len(whole)))):
         rows._path(row).write_bytes(torn)
-    rows._path(4).write_bytes(whole.replace(b"latents", b"patents"))
+    rows._path(4).write_bytes(whole.replace(b"latent", b"patent"))
     assert [row in rows for row in range(6)] == [False, False, False, True, False, False]
     folder = write_cache(tmp_path / "cache", [1, 2])
     writer = data.CacheWriter(folder, dict(size=32))
@@ -239,10 +239,10 @@ def test_no_line_of_pairs_destroys_anything(tmp_path):
     job = lambda driving, out: dict(driving=tmp_path / driving, out=tmp_path / out)
     jobs = [job("a.mp4", "b.mp4"), job("b.mp4", "x.mp4"), job("a.mp4", "c.mp4"), job("c-compare.mp4", "y.mp4"), job("a.mp4", "../" + tmp_path.name + "/y.mp4"),
             job("a.mp4", "new.mp4"), job("new.mp4", "z.mp4"), dict(driving=tmp_path / "a.mp4"), job("late.mp4", "w.mp4"), job("a.mp4", "late.mp4")]
-    assert set(sample.destroyed(jobs, False)) == {0, 4, 9} and set(sample.destroyed(jobs, True)) == {0, 2, 4, 9}
+    assert set(sample.find_conflicts(jobs, False)) == {0, 4, 9} and set(sample.find_conflicts(jobs, True)) == {0, 2, 4, 9}
     with data.VideoWriter(tmp_path / "new.mp4", 25, 'synthetic; {"tool": "anchored-diffusion"}') as out:
         out.write(shades(1)[0])
-    assert set(sample.destroyed(jobs, False)) == {0, 4, 9}                      # our own earlier result is made again
+    assert set(sample.find_conflicts(jobs, False)) == {0, 4, 9}                      # our own earlier result is made again
 
 
 def test_copies_of_states_and_rows_of_others_stay(cache, tmp_path, monkeypatch):  # noqa: F811
@@ -327,7 +327,7 @@ def test_a_clip_that_was_torn_is_written_again(tmp_path):
     clip.parent.mkdir()
     clip.write_bytes(b"whole")
     (tmp_path / "write").mkdir()
-    found = dict(video="v.mp4", identity="v", path=str(source.path), key=curate.stage_key(a, "write", source),
+    found = dict(video="v.mp4", identity="v", path=str(source.path), key=curate.stage_key("write", source, a),
                  candidates=[dict(reason=None, clip=f"train/{clip.name}", bytes=5)])
     (tmp_path / "write" / f"{source.key}.json").write_text(json.dumps(found))
     assert curate.is_done("write", source, a)

@@ -37,10 +37,10 @@ class Peak(TorchDispatchMode):
 
 
 class Discarded(dict):
-    """Rows that go to disk."""
+    """Frames that go to disk."""
 
-    def __setitem__(self, row, latents):
-        super().__setitem__(row, None)
+    def __setitem__(self, frame, latent):
+        super().__setitem__(frame, None)
 
 
 def peak_bytes(size, frames, M, steps, plain=False, depth=28):

@@ -6,9 +6,12 @@ import subprocess
 import sys
 
 import numpy as np
+import torch
 
 import data
-from conftest import ROOT, rendered_world
+import sample
+import sdit
+from conftest import ROOT, random_sdit, rendered_world
 
 README = (ROOT / "README.md").read_text()
 
@@ -49,6 +52,21 @@ def test_the_whole_chain(tmp_path):
     with_engine, with_model = (np.stack(list(data.Video(tmp_path / name))) for name in ("reenacted.mp4", "by_model.mp4"))
     assert with_engine.shape == with_model.shape == (2, 256, 256, 3)
     assert abs(with_engine.astype(int) - with_model).mean() < 2
+
+
+def test_algorithm_1_as_printed():
+    """The twelve lines of the README give what sample.py gives."""
+    code = README.split("```python\n")[1].split("```")[0]
+    model, M, T, C, H, W, seed = random_sdit(frames=4).double(), 13, 4, 4, 8, 8, 5
+    settings = sample.Settings(steps=3, sampler="ddim", guidance=1.0, seed=seed)
+    alpha_bar = [*sdit.NoiseSchedule().alpha_bar.tolist(), 1.0]
+    conditioning, video = torch.randn(M, 32, dtype=torch.float64), torch.zeros(M, C, H, W, dtype=torch.float64)
+    names = dict(vars(sample) | locals(), override=sdit.override)
+    with torch.no_grad():
+        exec(code, names)
+        expected = sample.sample_video(model, [conditioning], settings)
+    assert len(code.strip().splitlines()) <= 16
+    assert all(torch.allclose(video[f], expected[f], atol=1e-10) for f in range(M))
 
 
 def test_every_command_is_understood(monkeypatch):

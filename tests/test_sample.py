@@ -66,7 +66,7 @@ def test_samplers_recover_what_a_perfect_denoiser_knows(sampler, steps):
     def known(i, x, t):
         noise = (x - alpha_bar[t].sqrt() * x0) / (1 - alpha_bar[t]).sqrt()
         return torch.cat([noise, torch.rand_like(noise)], 2)
-    made = sample.denoise(settings, torch.randn_like(x0), np.arange(6).reshape(2, 3), known, lambda: None)
+    made = sample.denoise(settings, torch.randn_like(x0), np.arange(6).reshape(2, 3), known)
     torch.testing.assert_close(made, x0)
 
 
@@ -79,7 +79,7 @@ def gaussian_samples(settings, spread=0.5, v=-1.0):
         noise = (1 - a).sqrt() * x / (a * spread ** 2 + 1 - a)
         return torch.cat([noise, torch.full_like(noise, v)], -3)
     frames = np.arange(4)
-    return sample.denoise(settings, sample.frame_noise(0, frames, (4, 32, 32)), frames, best, lambda: None)
+    return sample.denoise(settings, sample.frame_noise(0, frames, (4, 32, 32)), frames, best)
 
 
 @pytest.mark.parametrize("sampler,steps", [("ddim", 500), ("ddim:1", 500), ("ddpm", 500), ("dpm++", 50)])
@@ -147,26 +147,29 @@ def test_a_whole_video_equals_the_oracle(sampler, prediction, guidance, monkeypa
     for size in (1, 3):
         monkeypatch.setitem(sample.CHUNK_TOKENS, "cpu", size * 4 * model.config.tokens)
         latent = sample.sample_video(model, conditions, settings)
-        torch.testing.assert_close(torch.stack([latent(f) for f in range(M)]), oracle, rtol=0, atol=1e-10)
+        torch.testing.assert_close(torch.stack([latent[f] for f in range(M)]), oracle, rtol=0, atol=1e-10)
     rows, keep = sample.plan_rows(M, 4)
+    frames = [row[kept].tolist() for row, kept in zip(rows, keep)]              # of each row
     finished = {}
     for rank in reversed(range(3)):                                             # three processes, the last one first
         sample.sample_video(model, conditions, settings, finished=finished, share=(rank, 3))
-    assert set(finished) == set(range(len(rows)))
-    del finished[1], finished[3]                                                # interrupted and continued
-    finished[2] = finished[2] + 1                                               # what is there already is not made again
+    assert sorted(finished) == list(range(M))
+    for f in (*frames[1], frames[3][0]):                                        # interrupted and continued
+        del finished[f]
+    for f in frames[2]:                                                         # what is there already is not made again
+        finished[f] = finished[f] + 1
     latent = sample.sample_video(model, conditions, settings, finished=finished)
-    for b in range(len(rows)):
-        torch.testing.assert_close(finished[b], oracle[torch.from_numpy(rows[b][keep[b]])] + (b == 2), rtol=0, atol=1e-10)
+    for f in range(M):
+        torch.testing.assert_close(latent[f], oracle[f] + (f in frames[2]), rtol=0, atol=1e-10)
     part = {}
     latent = sample.sample_video(model, conditions, settings, wanted=[1], finished=part)
-    torch.testing.assert_close(latent(1), oracle[1], rtol=0, atol=1e-10)
-    assert len(part) <= 2                                                       # the row that holds it, and row 0
+    torch.testing.assert_close(latent[1], oracle[1], rtol=0, atol=1e-10)
+    assert set(part) == next(set(row) for row in frames if 1 in row)            # of the row that holds it
     errors = {}
     for dtype in (torch.float32, torch.bfloat16):
         small, c = random_sdit(dtype=dtype, prediction=prediction), [k.to(dtype) for k in conditions]
         latent = sample.sample_video(small, c, settings)
-        made = torch.stack([latent(f) for f in range(M)])
+        made = torch.stack([latent[f] for f in range(M)])
         assert made.dtype is torch.float32
         errors[dtype] = [(made - target).std() / oracle.std() for target in (oracle_of(small, c, settings), oracle)]
     assert errors[torch.float32][0] < 1e-5 and errors[torch.bfloat16][0] < errors[torch.bfloat16][1]
@@ -198,7 +201,7 @@ def test_recorded_launches_are_equal_to_the_bit(captured, device, monkeypatch):
         plain = sample.sample_video(model, conditions, sample.Settings(3))
     recorded = captured(model)
     latent = sample.sample_video(recorded, conditions, sample.Settings(3))
-    assert all(torch.equal(latent(f), plain(f)) for f in range(19))
+    assert all(torch.equal(latent[f], plain[f]) for f in range(19))
     assert len(recorded.graphs) == 3
 
 
@@ -215,7 +218,7 @@ def test_guidance_keeps_its_branches_apart():
     model, both = random_sdit(dtype=torch.float64), conditions_of(9, 2, torch.float64)
     def make(conditions, guidance):
         latent = sample.sample_video(model, conditions, sample.Settings(4, guidance=guidance))
-        return torch.stack([latent(f) for f in range(9)])
+        return torch.stack([latent[f] for f in range(9)])
     torch.testing.assert_close(make(both, 1.0), make(both[:1], 1.0))
     torch.testing.assert_close(make(both, 0.0), make(both[1:], 1.0))
     outputs = [torch.randn(2, 3, 8, 4, 4) for _ in range(2)]
@@ -243,7 +246,7 @@ def test_multidiffusion_averages_windows_and_independent_shares_nothing():
         rest = alpha_bar[after] if after >= 0 else torch.tensor(1.0).double()
         x = rest.sqrt() * clean + (1 - rest).sqrt() * noise
     latent = sample.sample_video(model, conditions, settings)
-    torch.testing.assert_close(torch.stack([latent(f) for f in range(11)]), x)
+    torch.testing.assert_close(torch.stack([latent[f] for f in range(11)]), x)
 
     rows, keep = sample.plan_rows(11, 4)
     latent = sample.sample_video(model, conditions, sample.Settings(3, method="independent", seed=7))
@@ -252,7 +255,7 @@ def test_multidiffusion_averages_windows_and_independent_shares_nothing():
                                     sample.Settings(3, seed=7), None)
         for f, z, k in zip(row, alone[0], keep[b]):
             if k:
-                torch.testing.assert_close(latent(f), z)
+                torch.testing.assert_close(latent[f], z)
 
 
 def test_the_bundled_example(tmp_path):
@@ -318,40 +321,40 @@ def frames_of(path):
 
 
 def test_an_interrupted_run_goes_on(tmp_path, clip, monkeypatch):
-    """Killed before writing: rows stand in OUT.partial, the same command uses them, other settings do not; then the folder is gone."""
+    """Killed before writing: frames stand in OUT.partial, the same command uses them, other settings do not; then the folder is gone."""
     driving, models = write_video(tmp_path / "driving.mp4", clip[0]), sample.load_models()
     sampled = []
-    def counting(model, rows, numbers, *rest, real=sample.sample_some):
+    def counting(model, rows, numbers, *rest, real=sample.sample_rows):
         sampled.append(list(numbers))
         yield from real(model, rows, numbers, *rest)
     def killed(*args):
         raise KeyboardInterrupt
-    monkeypatch.setattr(sample, "sample_some", counting)
+    monkeypatch.setattr(sample, "sample_rows", counting)
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(sample, "write_frames", killed)
+        m.setattr(sample, "write", killed)
         sample.reenact(driving=driving, out=tmp_path / "out.mp4", model=models, steps=1)
-    rows = sorted((tmp_path / "out.mp4.partial").iterdir())
-    assert len(rows) == 4 and not (tmp_path / "out.mp4").exists()               # 12 frames, T = 4
-    rows[2].unlink()
+    frames, (rows, keep) = sorted((tmp_path / "out.mp4.partial").iterdir()), sample.plan_rows(12, 4)
+    assert len(frames) == 12 and not (tmp_path / "out.mp4").exists()
+    frames[rows[2][keep[2]][0]].unlink()
     sample.reenact(driving=driving, out=tmp_path / "out.mp4", model=models, steps=1)
     sample.reenact(driving=driving, out=tmp_path / "whole.mp4", model=models, steps=1)
-    assert sampled == [[0, 1, 2, 3], [2], [0, 1, 2, 3]] and not list(tmp_path.glob("*.partial"))
+    assert sampled == [[0, 1, 2, 3], [0, 2], [0, 1, 2, 3]] and not list(tmp_path.glob("*.partial"))
     continued, whole = (frames_of(tmp_path / f"{name}.mp4") for name in ("out", "whole"))
     assert 3 * abs(continued - whole).mean() < abs(continued - whole[::-1]).mean()   # one step leaves noise, which H.264 codes as it likes
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(sample, "write_frames", killed)
+        m.setattr(sample, "write", killed)
         sample.reenact(driving=driving, out=tmp_path / "out.mp4", model=models, steps=1)
     sample.reenact(driving=driving, out=tmp_path / "out.mp4", model=models, steps=1, seed=1)
     assert sampled[-1] == [0, 1, 2, 3] and abs(frames_of(tmp_path / "out.mp4") - whole).mean() > 3 * abs(continued - whole).mean()
 
 
-def test_rows_of_other_settings_are_removed(tmp_path, capsys):
+def test_frames_of_other_settings_are_removed(tmp_path, capsys):
     sample.Partial(tmp_path / "o.mp4", "one")[3] = torch.ones(2, 4, 8, 8)
     assert 3 in sample.Partial(tmp_path / "o.mp4", "one") and torch.equal(sample.Partial(tmp_path / "o.mp4", "one")[3], torch.ones(2, 4, 8, 8))
     assert not capsys.readouterr().out
     (tmp_path / "o.mp4.partial" / "mine").mkdir()
     assert 3 not in sample.Partial(tmp_path / "o.mp4", "two") and [p.name for p in (tmp_path / "o.mp4.partial").iterdir()] == ["mine"]
-    assert "1 finished rows of another model, input or setting removed" in capsys.readouterr().out
+    assert "1 finished frames of another model, input or setting removed" in capsys.readouterr().out
 
 
 def test_two_processes_make_what_one_makes(tmp_path, clip):
