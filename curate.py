@@ -811,7 +811,7 @@ def check_weights(a):
         print(f"note: {only}; for real ones give --clip ViT-L-14")
     for folder, name in (a.arcface, "w600k_r50.onnx"), (a.hyperiqa, "koniq_pretrained.pkl"):
         if folder:
-            evaluate.find_weights(name, folder)
+            evaluate.find_network(name, folder)
 
 
 def main():

@@ -7,7 +7,6 @@
 """
 
 import argparse
-import contextlib
 import ctypes
 import errno
 import functools
@@ -18,6 +17,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -27,6 +27,7 @@ import threading
 import time
 import zlib
 from collections import defaultdict
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -37,7 +38,6 @@ import filelock
 import huggingface_hub
 import numpy as np
 import safetensors
-import safetensors.torch
 import torch
 from av.stream import Disposition
 from PIL import Image, ImageCms, ImageOps, ImageSequence, PngImagePlugin
@@ -47,6 +47,7 @@ import sdit
 from sdit import LANDMARK_COMPONENTS, LANDMARKS, UserError
 
 DEMO = Path(__file__).resolve().parent / "demo"
+REAL_FACES = "--autoencoder sd-vae-ft-mse --clip ViT-L-14"  # the demo's know rendered ones only
 
 # --------------------------------------------------------------------------------------------------
 # What a training row is
@@ -71,15 +72,13 @@ HELD_OUT = 8  # last clips of a cache, for train.py's previews
 
 
 class Rows(torch.utils.data.Dataset):
-    """Rows of one or more caches: latents (T, C, H, W), landmarks (T, 478, 3), mask (T, H, W) in
-    0..1, scene (S,), all float32. Row n is a function of (seed, n) alone.
-
-    `caches`: a folder, or several as "FOLDER:SHARE", sampled in these shares. `held_out`: the last
-    clips; below 80 clips, training sees them too."""
+    """Rows of a cache, or of several "FOLDER:SHARE", sampled in these shares: latents (T, C, H, W),
+    landmarks (T, 478, 3), mask (T, H, W) in 0..1, scene (S,), float32. Row n depends on (seed, n)
+    alone. `held_out`: the last clips; below 80 clips, training sees them too."""
 
     def __init__(self, caches, frames, seed=0, held_out=False):
         self.frames, self.seed, self.held_out = frames, seed, held_out
-        caches = [caches] if isinstance(caches, (str, Path)) else caches
+        caches = [caches] if isinstance(caches, str | Path) else caches
         self.folders, shares = zip(*map(split_share, caches))
         self.shares = np.array(shares) / sum(shares)
 
@@ -91,10 +90,10 @@ class Rows(torch.utils.data.Dataset):
             must_agree(settings, self.about, both, "caches that are mixed must agree")
 
         # Arrays, which worker processes share
-        self.names = [np.array([name for name, _ in index["clips"]]) for index in indices]
-        self.lengths = [np.array([length for _, length in index["clips"]]) for index in indices]
-        self.ranges, self.orders = [], {}
-        for n in map(len, self.lengths):
+        names, lengths = zip(*[zip(*index["clips"]) for index in indices])
+        self.names, self.lengths = list(map(np.array, names)), list(map(np.array, lengths))
+        self.ranges = []
+        for n in map(len, names):
             held = HELD_OUT if n >= 10 * HELD_OUT else 0
             self.ranges.append(range(max(0, n - HELD_OUT), n) if held_out else range(n - held))
 
@@ -111,22 +110,17 @@ class Rows(torch.utils.data.Dataset):
         return dict(latents=row["latent"], landmarks=row["landmarks"], mask=mask, scene=scene)
 
     def _clip(self, n):
-        """The record of row n: number n of a cache that is shuffled anew every epoch. A clip that
-        is too short gives way to the next."""
+        """The record of row n, of a cache that is shuffled anew every epoch. A clip that is too
+        short gives way to the next."""
         cache = 0
         if len(self.shares) > 1:
             rng = np.random.default_rng([self.seed, 2, n])
             cache = rng.choice(len(self.shares), p=self.shares)
         clips = self.ranges[cache]
         epoch, i = divmod(n, len(clips))
-
-        if self.orders.get(cache, (-1,))[0] != epoch:
-            order = np.arange(len(clips))
-            if not self.held_out:
-                order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(clips))
-            self.orders[cache] = epoch, order
-        order = self.orders[cache][1]
-
+        order = range(len(clips))
+        if not self.held_out:
+            order = shuffle(self.seed, epoch, len(clips))
         for k in range(len(clips)):
             clip = clips[order[(i + k) % len(clips)]]
             if self.lengths[cache][clip] >= self.frames + 2:
@@ -136,18 +130,16 @@ class Rows(torch.utils.data.Dataset):
     def _open(self, cache, clip):
         """A record, memory-mapped."""
         path = self.folders[cache] / str(self.names[cache][clip])
-        again = f"remove {path.parent / 'index.json'} and give the data.py command again"
         try:
             return sdit.open_tensors(path)
         except (OSError, safetensors.SafetensorError) as e:
-            raise UserError(f"{path} is gone or torn ({e}); {again}") from None
+            again = f"remove {path.parent / 'index.json'} and give the data.py command again"
+            raise UserError(f"{path} is gone or torn ({e}); {again}")
 
     def statistics(self, clips=2000):
-        """The buffers that `sdit.Mapping` normalises by, from evenly spaced clips.
-
-        landmark_mean (478, 3); landmark_basis (1434, LANDMARK_COMPONENTS), principal components of
-        standardised landmarks, scaled to unit variance; scene_mean (S,); scene_gain, which gives
-        scenes the total variance of the whitened landmarks."""
+        """The buffers that `sdit.Mapping` normalises by, from evenly spaced clips: landmark_basis
+        (1434, LANDMARK_COMPONENTS) holds principal components of standardised landmarks, scaled to
+        unit variance; scene_gain gives scenes the total variance of the whitened landmarks."""
         points, scenes = [], []
         for cache, (share, there) in enumerate(zip(self.shares, self.ranges)):
             count = min(math.ceil(clips * share), len(there))
@@ -170,19 +162,24 @@ class Rows(torch.utils.data.Dataset):
         return dict(
             landmark_mean=mean.view(LANDMARKS, 3),
             landmark_basis=axes * gain / deviation[:, None],
-            scene_mean=scene_mean,
+            scene_mean=scene_mean,  # (S,)
             scene_gain=(LANDMARK_COMPONENTS / scene_variance).sqrt(),
         )
+
+
+@functools.lru_cache(8)
+def shuffle(seed, epoch, count):
+    return np.random.default_rng([seed, 0, epoch]).permutation(count)
 
 
 def split_share(text):
     """ "FOLDER:SHARE" or "FOLDER" -> (folder, share)."""
     folder, colon, share = str(text).rpartition(":")
     try:
-        share = float(share) if colon else None
+        share = float(share)
     except ValueError:  # the colon belongs to the name
-        share = None
-    if share is None:
+        colon = ""
+    if not colon:
         return Path(text), 1.0
     if not 0 < share < math.inf:
         raise UserError(f"{text} is not CACHE or CACHE:SHARE with a positive share: cache:0.9")
@@ -194,7 +191,7 @@ def too_short(folder, frames):
 
 
 def must_agree(ours, theirs, before, after):
-    """UserError that names the settings of two caches, or of a cache and a command, that differ."""
+    """UserError that names the settings that differ."""
     if other := [k for k, v in ours.items() if theirs.get(k) != v]:
         raise UserError(f"{before} another {' and '.join(other)}; {after}")
 
@@ -202,28 +199,21 @@ def must_agree(ours, theirs, before, after):
 def read_index(folder, frames):
     """The index of a cache that has rows of `frames` frames."""
     path = folder / "index.json"
-    again = "remove it and give the data.py command again"
-    if not path.is_file() and any(folder.glob("clip-*")):
-        raise UserError(f"{folder} is unfinished: give the data.py command that began it again")
     if not path.is_file():
-        raise UserError(
-            f"no cache in {folder} (no index.json); make one: python data.py CLIPS --out {folder}, "
-            f"for real faces with --autoencoder sd-vae-ft-mse --clip ViT-L-14"
-        )
+        if any(folder.glob("clip-*")):
+            raise UserError(f"{folder} is unfinished: give the data.py command that began it again")
+        cure = f"make one: python data.py CLIPS --out {folder}, for real faces with {REAL_FACES}"
+        raise UserError(f"no cache in {folder} (no index.json); {cure}")
 
-    index = read_json(path, cure=again)
-    if "shards" in index:
-        raise UserError(f"{folder} was made by an older data.py; make it again in a new folder")
-    clips = index.get("clips")
-    if not isinstance(clips, list) or not all(map(is_clip, clips)):
+    again = "remove it and give the data.py command again"
+    index = read_json(path, ["clips"], again)
+    try:
+        usable = sum(length >= frames + 2 for _, length in index["clips"])
+    except (TypeError, ValueError):
         raise UserError(f"{path} is torn; {again}")
-    if max((n for _, n in clips), default=0) < frames + 2:
+    if not usable:
         raise too_short(folder, frames)
     return index
-
-
-def is_clip(entry):
-    return isinstance(entry, list) and [type(v) for v in entry] == [str, int]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -243,24 +233,23 @@ EXPRESSIVE = LIPS + RIGHT_EYE + LEFT_EYE + IRISES
 MEDIAPIPE = threading.RLock()  # neither MediaPipe nor the redirection of stderr is thread-safe
 
 
-@contextlib.contextmanager
+@contextmanager
 def quiet():
     """Alone with MediaPipe, whose C++ remarks on stderr are silenced."""
-    with MEDIAPIPE, contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # there is no stderr
+    with MEDIAPIPE, ExitStack() as stack:
+        with suppress(OSError):  # there is no stderr
             saved = os.dup(2)
             stack.callback(os.close, saved)
-            null = stack.enter_context(open(os.devnull, "w"))
             if sys.stderr:
                 sys.stderr.flush()
-            os.dup2(null.fileno(), 2)
+            os.dup2(NULL, 2)
             stack.callback(os.dup2, saved, 2)
         yield
 
 
 class FaceLandmarker:
-    """MediaPipe in image mode, so that order and gaps in time do not matter: the full-range
-    detector finds faces, the mesh looks at a square around each."""
+    """MediaPipe in image mode, where order and gaps in time do not matter: the full-range detector
+    finds faces, the mesh looks at a square around each."""
 
     name = "mediapipe 0.10.21 face_mesh refine_landmarks"
 
@@ -293,7 +282,7 @@ class FaceLandmarker:
         return sorted((s for s in squares if s[2] > 8), key=lambda s: -s[2])
 
     def landmarks(self, image, square=None):
-        """(478, 3) float32, in pixels of the image, of the face in `square`; None without one."""
+        """(478, 3) float32, in pixels of the image, of the face in `square`, or None."""
         x, y = square[:2] if square else (0, 0)
         picture = crop(image, square) if square else image
         found = self.run(self.mesh, picture).multi_face_landmarks
@@ -323,14 +312,16 @@ class FaceLandmarker:
                 yield points
 
     def __call__(self, image, near=None):
-        """Landmarks of the largest face, or of the one that overlaps most with `near` (landmarks of
-        an earlier frame); None where there is none."""
+        """Landmarks of the largest face, or of the one that overlaps most with the landmarks `near`
+        of an earlier frame; None without one."""
         faces = self.everyone(image)
         if near is None:
             return next(faces, None)
-        with_overlap = [(overlap(mesh_box(points), mesh_box(near)), points) for points in faces]
-        best, points = max(with_overlap, key=lambda pair: pair[0], default=(0, None))
-        return points if best > 0.1 else None
+
+        def closeness(points):
+            return overlap(mesh_box(points), mesh_box(near))
+
+        return max((p for p in faces if closeness(p) > 0.1), key=closeness, default=None)
 
 
 def mesh_box(points):
@@ -356,9 +347,12 @@ def face_square(points):
     return round(x), round(y), max(round(side), 8)
 
 
+TOO_LARGE = "the face is too large: more than a tenth of its square would be mirrored"
+
+
 def keep_inside(square, shape):
-    """The square, shifted so that at most a tenth of its side leaves the picture at any edge (there
-    `crop` mirrors it); None where that cannot be."""
+    """The square, shifted so that at most a tenth of its side leaves the picture at any edge;
+    None where that cannot be."""
     (x, y, side), (h, w) = square, shape[:2]
     margin = side // 10
     if side - 2 * margin > min(h, w):
@@ -372,9 +366,6 @@ def mirrored(square, shape):
     """Fraction of the square's side outside the picture, at the worst edge."""
     (x, y, side), (h, w) = square, shape[:2]
     return round(max(0, -x, -y, x + side - w, y + side - h) / side, 3)
-
-
-TOO_LARGE = "the face is too large: more than a tenth of its square would be mirrored"
 
 
 def crop(image, square, size=None):
@@ -396,9 +387,7 @@ def resize(image, size):
 
 def resize_to(image, longest):
     """A picture with its longer side at most `longest`."""
-    scale = longest / max(image.shape[:2])
-    if scale >= 1:
-        return image
+    scale = min(1, longest / max(image.shape[:2]))
     return cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
 
 
@@ -428,6 +417,7 @@ def track(frames, landmarker, name, total=None, number=0):
     """The Track of face `number` (0: the largest) of the first frame with a face, followed through
     `frames` (h, w, 3) uint8. After 24 frames without it, the largest face is followed."""
     points, last, lost, faces = [], None, 0, []
+    missing = np.full((LANDMARKS, 3), np.nan, np.float32)
     silent = total is None or None  # None: where stderr is no terminal
     for image in tqdm(frames, "landmarks", total, unit="frame", leave=False, disable=silent):
         if last is None:
@@ -436,12 +426,11 @@ def track(frames, landmarker, name, total=None, number=0):
         else:
             here = landmarker(image, last if lost < 24 else None)
 
+        points.append(missing if here is None else here)
         if here is None:
             lost += 1
-            points.append(np.full((LANDMARKS, 3), np.nan, np.float32))
         else:
             last, lost = here, 0
-            points.append(here)
 
     if last is None:
         raise no_face(name)
@@ -498,7 +487,7 @@ def get_device(name=None):
         return device
     except (RuntimeError, AssertionError) as e:
         reason = str(e).partition("\n")[0]
-        raise UserError(f"no device {name} here ({reason}); give cpu, cuda or cuda:1") from None
+        raise UserError(f"no device {name} here ({reason}); give cpu, cuda or cuda:1")
 
 
 @functools.cache
@@ -510,26 +499,22 @@ def sha256(path):
 
 HOME = os.path.expanduser("~")  # still "~" for a user without an entry in passwd
 DOWNLOADS = Path(tempfile.gettempdir() if HOME == "~" else HOME) / ".cache" / "anchored-diffusion"
+VAE, CLIP = "diffusion_pytorch_model.safetensors", "open_clip_model.safetensors"
 # Third-party weights by name: repository, file and revision at huggingface.co, and sha256 if known
 WEIGHTS = {
     "sd-vae-ft-mse": (
         "stabilityai/sd-vae-ft-mse",
-        "diffusion_pytorch_model.safetensors",
+        VAE,
         "31f26fdeee1355a5c34592e401dd41e45d25a493",
         "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
     ),
     "sd-vae-ft-ema": (
         "stabilityai/sd-vae-ft-ema",
-        "diffusion_pytorch_model.safetensors",
+        VAE,
         "f04b2c4b98319346dad8c65879f680b1997b204a",
         None,
     ),
-    "ViT-L-14": (
-        "timm/vit_large_patch14_clip_224.openai",
-        "open_clip_model.safetensors",
-        "main",
-        None,
-    ),
+    "ViT-L-14": ("timm/vit_large_patch14_clip_224.openai", CLIP, "main", None),
 }
 
 
@@ -554,13 +539,11 @@ def fetch(name):
         safetensors.safe_open(got, "pt")
         with sdit.atomic(path) as temporary:
             temporary.symlink_to(got)
+        return path
     except Exception as e:  # the hub has a dozen kinds
-        reason, page = str(e).partition("\n")[0], f"https://huggingface.co/{repository}"
-        raise UserError(
-            f"cannot download {name} ({reason}); fetch {file} of {page} by hand and put it at "
-            f"{path}"
-        ) from None
-    return path
+        reason = str(e).partition("\n")[0]
+        cure = f"fetch {file} of https://huggingface.co/{repository} by hand and put it at {path}"
+        raise UserError(f"cannot download {name} ({reason}); {cure}")
 
 
 def find_weights(name, digest, beside):
@@ -574,12 +557,11 @@ def find_weights(name, digest, beside):
     known = name.removesuffix(".safetensors")
     if known in WEIGHTS and sha256(fetch(known)) == digest:
         return fetch(known)
-    raise UserError(
-        f"{beside} was made with {name} (sha256 {digest[:12]}...), which is neither beside it nor "
-        f"in {DOWNLOADS}; put that file there"
-    )
+    missing = f"{name} (sha256 {digest[:12]}...), which is neither beside it nor in {DOWNLOADS}"
+    raise UserError(f"{beside} was made with {missing}; put that file there")
 
 
+OPENAI_VIT_L14 = "ViT-L-14-quickgelu"  # open_clip's plain ViT-L-14 has another GELU than OpenAI's
 # What a CLIP file may configure; open_clip would take more, and download what it names
 CLIP_KEYS = dict(
     embed_dim=1,
@@ -590,19 +572,13 @@ CLIP_KEYS = dict(
 
 
 def is_clip_config(config):
-    """Whether a file's configuration is one of open_clip's, with a vision transformer or a ResNet."""
-    if not {"embed_dim", "vision_cfg", "text_cfg"} <= set(config):
-        return False
-    vision, known = config["vision_cfg"], CLIP_KEYS
+    """Whether a file's configuration is one of open_clip's, with a vision transformer or ResNet."""
+    vision, known = config.get("vision_cfg"), CLIP_KEYS
     if isinstance(vision, dict) and isinstance(vision.get("layers"), list):  # of a ResNet
         known = known | dict(vision_cfg=known["vision_cfg"] | dict(layers=[1]))
         if len(vision["layers"]) != 4:
             return False
     return sdit.is_like(config, known)
-
-
-# In open_clip; its plain ViT-L-14 has another GELU than OpenAI's
-OPENAI_VIT_L14 = "ViT-L-14-quickgelu"
 
 
 class SceneEncoder:
@@ -636,16 +612,14 @@ class SceneEncoder:
 def clip_pixels(pixels, size):
     """CLIP's input from pictures (B, 3, h, w) in [-1, 1]."""
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-    from torchvision.transforms import functional
+    from torchvision.transforms import InterpolationMode, functional
 
     if min(pixels.shape[-2:]) != size:
-        bicubic = functional.InterpolationMode.BICUBIC
-        pixels = functional.resize(pixels, size, bicubic, antialias=True).clamp(-1, 1)
+        pixels = functional.resize(pixels, size, InterpolationMode.BICUBIC).clamp(-1, 1)
     pixels = functional.center_crop(pixels, size)
     # not functional.normalize, which waits for the GPU to look at the divisor
-    mean, std = (
-        pixels.new_tensor(x).view(3, 1, 1) for x in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
-    )
+    mean = pixels.new_tensor(OPENAI_DATASET_MEAN).view(3, 1, 1)
+    std = pixels.new_tensor(OPENAI_DATASET_STD).view(3, 1, 1)
     return ((pixels + 1) / 2 - mean) / std
 
 
@@ -673,7 +647,7 @@ class Stopwatch:
     def __init__(self):
         self.seconds = defaultdict(float)
 
-    @contextlib.contextmanager
+    @contextmanager
     def __call__(self, part):
         began = time.perf_counter()
         yield
@@ -686,16 +660,16 @@ class Stopwatch:
 
 
 # --------------------------------------------------------------------------------------------------
-# Video and pictures, in and out
+# Videos and pictures as players show them
 
 VIDEOS = set(".mp4 .mov .mkv .webm .avi .m4v .ts .mts .mpg .3gp .wmv .flv".split())
 PICTURES = set(".jpg .jpeg .png .webp .bmp .tif .tiff .avif .heic".split())
-with contextlib.suppress(ImportError):  # optional
+with suppress(ImportError):  # optional
     import pillow_heif
 
     pillow_heif.register_heif_opener()
 Image.init()
-# PIL would start other programs for other formats: Ghostscript for PostScript
+# For other formats PIL would start programs: Ghostscript for PostScript
 FORMATS = {"JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "HEIF"} & set(Image.OPEN)
 
 
@@ -706,14 +680,14 @@ def open_video(path):
     try:
         container = av.open(f"file:{path}", metadata_errors="replace")  # 12:30.mp4: no protocol
     except (av.FFmpegError, OSError) as e:
-        reason = e.strerror or e
-        raise UserError(
-            f"{path} is not a video that can be read ({reason}); re-encode it as H.264 .mp4"
-        ) from None
-    if not video_stream(container):
+        reason = f"{path} is not a video that can be read ({e.strerror or e})"
+        raise UserError(f"{reason}; re-encode it as H.264 .mp4")
+
+    stream = video_stream(container)
+    if not stream:
         container.close()
         raise UserError(f"{path} has no video stream, only sound, text or a cover")
-    video_stream(container).thread_type = "AUTO"
+    stream.thread_type = "AUTO"
     return container
 
 
@@ -721,16 +695,11 @@ def video_stream(container):
     """The default video stream, covers and thumbnails left out; None without one."""
     covers = Disposition.attached_pic | Disposition.timed_thumbnails
     streams = [s for s in container.streams.video if not s.disposition & covers]
-
-    def rank(s):
-        return s.frames != 1, s.disposition & Disposition.default, -s.index
-
-    return max(streams, key=rank, default=None)
+    return default_stream([s for s in streams if s.frames != 1] or streams)
 
 
-def audio_stream(container):
-    """The default audio stream, or None."""
-    streams = container.streams.audio
+def default_stream(streams):
+    """The one that players take, or None."""
     return max(streams, key=lambda s: s.disposition & Disposition.default, default=None)
 
 
@@ -749,8 +718,8 @@ def decode(container, path):
                 count += 1
                 yield frame
     except av.FFmpegError as e:
-        reason = f"{path} cannot be decoded beyond frame {count} ({e.strerror}); re-encode it"
-        raise UserError(reason) from None
+        broken = f"cannot be decoded beyond frame {count} ({e.strerror})"
+        raise UserError(f"{path} {broken}; re-encode it")
     if not count:
         raise UserError(f"{path} holds no frame that can be decoded; re-encode it")
 
@@ -764,8 +733,9 @@ class Screen:
     square pixels, BT.709 colours, all of the first one's size."""
 
     def __init__(self, stream):
-        aspect, self.size, self.kind = float(stream.sample_aspect_ratio or 1), None, None
+        aspect = float(stream.sample_aspect_ratio or 1)
         self.aspect = aspect if 0.05 < aspect < 20 else 1  # a tag gone mad
+        self.size, self.kind = None, None
         self.name = stream.container.name.removeprefix("file:")
 
     def __call__(self, frame):
@@ -786,10 +756,6 @@ class Screen:
         if frame.colorspace == UNSPECIFIED and (wide or h >= 720 or w >= 1280):
             matrix = "bt2020" if wide else "bt709"
 
-        a, b, _, c, d = np.frombuffer(rotation, np.int32)[:5] if rotation else (1, 0, 0, 0, 1)
-        turned = abs(b) > abs(a)
-        across, down = (c, b) if turned else (a, d)
-
         graph = av.filter.Graph()
         kind = f"video_size={w}x{h}:pix_fmt={frame.format.name}:time_base=1/25"
         chain = [
@@ -799,14 +765,19 @@ class Screen:
         if wide:
             table = standard_range(frame.color_trc)
             chain += [graph.add("format", "gbrp16le"), graph.add("lut3d", file=table.name)]
-        turns = (turned, "transpose"), (across < 0, "hflip"), (down < 0, "vflip")
-        chain += [graph.add(name) for needed, name in turns if needed]
+
+        a, b, _, c, d = np.frombuffer(rotation, np.int32)[:5] if rotation else (1, 0, 0, 0, 1)
+        transposed = abs(b) > abs(a)
+        across, down = (c, b) if transposed else (a, d)
+        turns = dict(transpose=transposed, hflip=across < 0, vflip=down < 0)
+        chain += [graph.add(name) for name, needed in turns.items() if needed]
+
         chain += [graph.add("format", "rgb24"), graph.add("buffersink")]
         try:
             graph.link_nodes(*chain).configure()
         except av.FFmpegError as e:  # such as YCgCo
             reason = f"{self.name} has colours that cannot be shown ({e.strerror})"
-            raise UserError(f"{reason}; re-encode it") from None
+            raise UserError(f"{reason}; re-encode it")
         return graph
 
 
@@ -814,8 +785,7 @@ class Screen:
 def standard_range(transfer, n=33):
     """A file for FFmpeg's lut3d, from BT.2020 with an HDR `transfer` to BT.709, white at 100 cd/m2:
     what zscale (not in PyAV) and tonemap=mobius:desat=0 do."""
-    v = np.stack(np.meshgrid(*[np.linspace(0, 1, n)] * 3, indexing="ij")[::-1], -1)
-    v = v.reshape(-1, 3)  # red runs fastest
+    v = np.indices((n, n, n))[::-1].reshape(3, -1).T / (n - 1)  # (n**3, 3), red runs fastest
     if transfer == PQ:  # SMPTE ST 2084
         p = v ** (1 / 78.84375)
         light = 100 * (np.maximum(p - 0.8359375, 0) / (18.8515625 - 18.6875 * p)) ** 6.277394636
@@ -842,14 +812,13 @@ GAP = 60  # seconds; a longer step is a clock that was reset
 
 class Video:
     """A video or picture as frames (h, w, 3) uint8 at a constant rate: `fps` (Fraction), `start`
-    (seconds, of the first frame), `len()`. A constant rate is kept, missing frames are repeated; a
-    variable rate is resampled by time to its average. Where the clock is reset (joined recordings),
-    the next frame follows at the usual distance."""
+    (seconds, of the first frame), `len()`. Missing frames are repeated; a variable rate is
+    resampled by time to its average; where the clock is reset (joined recordings), the next frame
+    follows at the usual distance."""
 
     def __init__(self, path):
-        self.path, self.is_picture = path, read_picture(path) is not None
-        version = Path(path).stat()
-        times, rates = read_times(path, version.st_mtime_ns, version.st_size)
+        self.path = path
+        times, rates = read_times(path, changed(Path(path)))
         self.start, M, steps = times[0], len(times), np.diff(times)
 
         # The usual step: the mean of those near the median, since some clocks count milliseconds
@@ -865,19 +834,18 @@ class Video:
         times = np.sort(np.cumsum([0, *np.where(seams, usual, steps)]))
         times -= times[0]
 
-        # Constant rate: one of these rates explains all times
-        timeless = times[-1] < M / 1000
-        steady = next((r for r in rates if abs(r * usual - 1) < 0.02), to_rate(1 / usual))
-        average = rates[0] if timeless else to_rate((M - 1) / times[-1])
-
-        def error(rate):
-            return abs(times - np.arange(M) / float(rate)).max()
-
-        fits = [rate for rate in (*rates, steady, average) if error(rate) <= 0.6 / rate]
         self.repeats = np.ones(M, int)  # how often each frame of the file is shown
-        if fits or timeless:
-            self.fps = (fits or rates)[0]
+        if times[-1] < M / 1000:  # there is no clock
+            self.fps = rates[0]
             return
+
+        # Constant rate: one of these rates explains all times
+        steady = next((r for r in rates if abs(r * usual - 1) < 0.02), to_rate(1 / usual))
+        average = to_rate((M - 1) / times[-1])
+        for rate in (*rates, steady, average):
+            if abs(times - np.arange(M) / float(rate)).max() <= 0.6 / rate:
+                self.fps = rate
+                return
 
         # Constant with frames missing, or variable
         missing = np.mean(abs(forward - usual) < usual / 10) > 0.8
@@ -909,7 +877,7 @@ def read_frames(path):
 
 
 @functools.lru_cache(256)
-def read_times(path, *version):
+def read_times(path, version):
     """(seconds at which each frame begins, [rates that the file claims]), by decoding: a packet may
     hold no frame. `version` is for the cache."""
     if seconds := [seconds for _, seconds in read_pictures(path)]:
@@ -945,12 +913,9 @@ def read_pictures(path):
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # Syntax: of PNG
         with open(path, "rb") as f:
             heic = f.read(12)[4:] in (b"ftypheic", b"ftypheix", b"ftypmif1")
-        if not heic and Path(path).suffix.lower() not in PICTURES:
-            return
         reason = "HEIC needs pip install pillow-heif" if heic else e
-        raise UserError(
-            f"{path} is not a picture that can be read ({reason}); save it again"
-        ) from None
+        if heic or Path(path).suffix.lower() in PICTURES:
+            raise UserError(f"{path} is not a picture that can be read ({reason}); save it again")
 
 
 def as_shown(image):
@@ -964,9 +929,15 @@ def as_shown(image):
         image = Image.alpha_composite(white, image).convert("RGB")
     if profile:
         srgb = ImageCms.createProfile("sRGB")
-        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # broken, or for other colours
+        with suppress(ImageCms.PyCMSError, OSError):  # broken, or for other colours
             image = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode="RGB")
     return np.array(image.convert("RGB"))
+
+
+# --------------------------------------------------------------------------------------------------
+# Videos and files, written
+
+WHOLE = (0.0, math.inf)  # seconds
 
 
 def check_output(path, *inputs):
@@ -981,11 +952,35 @@ def check_output(path, *inputs):
         raise UserError(f"the output {path} is also an input; choose another --out")
 
 
-def write_sound(video, target, way, span=(0.0, math.inf)):
-    """Write the sound of a Video, or `span` (seconds) of it, to an open container: its packets
-    ("copy"), or coded as AAC ("code"). A generator, whose first step adds the stream."""
+def shifted_sound(video, source, audio, copy, span):
+    """Yield the packets (`copy`), else the decoded frames, of a Video's sound within `span`, with
+    times that begin at 0. Where the clock is reset, sound is shifted as the frames are."""
+    begin, end = (float(video.start + seconds) for seconds in span)
+    shifts, last, written = list(video.shifts), None, -math.inf
+    for packet in source.demux(audio):
+        try:
+            pieces = [packet] if copy else packet.decode()
+        except av.InvalidDataError:  # as players do, go on with the next
+            continue
+
+        for piece in pieces:
+            if piece.pts is None:
+                continue
+            now = float(piece.pts * piece.time_base)
+            if last is not None and not -0.1 < now - last <= GAP and len(shifts) > 1:
+                shifts.pop(0)
+            last, now = now, now + shifts[0]
+            if max(begin, written - 0.01) <= now < end:  # joined sounds may overlap
+                written = now + float((piece.duration or 0) * piece.time_base)
+                piece.pts += round((shifts[0] - begin) / piece.time_base)
+                yield piece
+
+
+def write_sound(video, target, way, span=WHOLE):
+    """Write a Video's sound to an open container: its packets ("copy"), or coded as AAC ("code").
+    A generator, whose first step adds the stream."""
     with open_video(video.path) as source:
-        audio, copy = audio_stream(source), way == "copy"
+        audio, copy = default_stream(source.streams.audio), way == "copy"
         if copy:
             stream = target.add_stream_from_template(audio)
         else:
@@ -994,31 +989,11 @@ def write_sound(video, target, way, span=(0.0, math.inf)):
             stream = target.add_stream("aac", rate, layout=layout)
         yield
 
-        begin, end = (float(video.start + seconds) for seconds in span)
-        shifts, last, written = list(video.shifts), None, -math.inf
-        for packet in source.demux(audio):
-            pieces = [packet]
-            if not copy:
-                try:
-                    pieces = packet.decode()
-                except av.InvalidDataError:  # as players do, go on with the next
-                    continue
-            for piece in pieces:
-                if piece.pts is None:
-                    continue
-                time = float(piece.pts * piece.time_base)
-                if last is not None and not -0.1 < time - last <= GAP and len(shifts) > 1:
-                    shifts.pop(0)  # the clock was reset, as for the frames
-                last, time = time, time + shifts[0]
-                if not max(begin, written - 0.01) <= time < end:  # joined sounds may overlap
-                    continue
-
-                written = time + float((piece.duration or 0) * piece.time_base)
-                piece.pts += round((shifts[0] - begin) / piece.time_base)
-                if copy:
-                    piece.dts, piece.stream = piece.pts, stream
-                target.mux(piece if copy else stream.encode(piece))
-                yield
+        for piece in shifted_sound(video, source, audio, copy, span):
+            if copy:
+                piece.dts, piece.stream = piece.pts, stream
+            target.mux(piece if copy else stream.encode(piece))
+            yield
         if not copy:
             target.mux(stream.encode(None))
 
@@ -1027,27 +1002,29 @@ def write_sound(video, target, way, span=(0.0, math.inf)):
 def sound_way(video, suffix):
     """How a Video's sound gets into a file with this ending, tried in memory: "copy" where every
     player knows the codec, else "code", else None, with a printed reason."""
-    if video.is_picture:
+    if read_picture(video.path) is not None:
         return None
     with open_video(video.path) as container:
-        audio = audio_stream(container)
+        audio = default_stream(container.streams.audio)
         if not audio:
             return None
         codec = audio.codec_context and audio.codec_context.name
 
-    known = codec in ("aac", "mp3", "mp3float", "ac3", "eac3", "alac")
+    ways = ["code"] if codec else []
+    if codec in ("aac", "mp3", "mp3float", "ac3", "eac3", "alac"):
+        ways = ["copy", "code"]
     kind, reason = {".mkv": "matroska", ".m4v": "ipod"}.get(suffix, suffix[1:]), "cannot be decoded"
-    for way in ["copy", "code"] if known else ["code"] if codec else []:
+    for way in ways:
         try:
             with av.open(io.BytesIO(), "w", kind) as trial:
                 if len(list(itertools.islice(write_sound(video, trial, way), 64))) > 1:
                     return way
         except (av.FFmpegError, ValueError) as e:
-            reason = str(e)
+            reason = e
     print(f"the sound of {video.path} is left out ({reason})")
 
 
-class VideoWriter(contextlib.ExitStack):
+class VideoWriter(ExitStack):
     """Write an H.264 video of exactly the frames given, atomically; a name in .png takes one frame.
 
         with VideoWriter("out.mp4", fps, "comment", sound=Video("driving.mp4")) as out:
@@ -1055,51 +1032,50 @@ class VideoWriter(contextlib.ExitStack):
 
     `span`: seconds (from, to) of the sound."""
 
-    def __init__(self, path, fps, comment="", sound=None, span=(0.0, math.inf)):
+    def __init__(self, path, fps, comment="", sound=None, span=WHOLE):
         super().__init__()
         self.path, self.fps, self.comment = Path(path), Fraction(fps), comment
-        self.sound, self.span = sound, span
+        self.ending, self.sound, self.span = self.path.suffix.lower(), sound, span
         self.stream, self.sound_pieces, self.count = None, (), 0
-        self.still = self.path.suffix.lower() == ".png"
 
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.temporary = self.enter_context(sdit.atomic(self.path))
-        if self.still:
+        if self.ending == ".png":
             return self
         try:  # without bitexact, .mkv gets random numbers
             container = av.open(f"file:{self.temporary}", "w", options=dict(fflags="+bitexact"))
         except (ValueError, av.FFmpegError, OSError) as e:
-            raise UserError(f"cannot write {self.path} ({e}); name it like out.mp4") from None
+            raise UserError(f"cannot write {self.path} ({e}); name it like out.mp4")
         self.container = self.enter_context(container)
         self.container.metadata["comment"] = self.comment
         self.push(self._finish)
         return self
 
     def write(self, frame):
-        if self.still:
+        if self.ending == ".png":
             notes = PngImagePlugin.PngInfo()
             notes.add_text("Comment", self.comment)
             Image.fromarray(frame).save(self.temporary, pnginfo=notes)
             return
-        if self.stream is None:
-            self._open(*frame.shape[:2])
+        if not self.stream:
+            self._add_streams(*frame.shape[:2])
         picture = av.VideoFrame.from_ndarray(frame, "rgb24")
         picture = picture.reformat(format="yuv420p", dst_colorspace=BT709, dst_color_range=1)
         picture.pts, picture.time_base = self.count, 1 / self.fps
         self.count += 1
         self.container.mux(self.stream.encode(picture))
 
-    def _open(self, height, width):
+    def _add_streams(self, height, width):
         # x264's macroblock tree reads uninitialised memory at sizes like 64: files would differ
         options = dict(crf="16", preset="fast", mbtree="0")
-        self.stream = self.container.add_stream("libx264", rate=self.fps, options=options)
-        self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "yuv420p"
+        size = dict(width=width, height=height, pix_fmt="yuv420p")
+        self.stream = self.container.add_stream("libx264", self.fps, options, **size)
         context = self.stream.codec_context
         self.stream.time_base = context.time_base = 1 / self.fps
         context.colorspace = context.color_primaries = context.color_trc = BT709
         context.color_range = 1  # limited
-        if way := self.sound and sound_way(self.sound, self.path.suffix.lower()):
+        if way := self.sound and sound_way(self.sound, self.ending):
             self.sound_pieces = write_sound(self.sound, self.container, way, self.span)
             next(self.sound_pieces)
 
@@ -1113,32 +1089,25 @@ class VideoWriter(contextlib.ExitStack):
             print(f"the end of the sound of {self.sound.path} could not be taken over ({e})")
 
 
-# --------------------------------------------------------------------------------------------------
-# Files
-
-
-@contextlib.contextmanager
+@contextmanager
 def owned(path):
     """Hold the lock of an output; a second run is refused. It is free when its owner dies."""
     file = sdit.hidden(path, ".lock")
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(file)
     try:
-        lock.acquire(timeout=0)
+        with suppress(NotImplementedError):  # a file system without locks
+            lock.acquire(timeout=0)
     except filelock.Timeout:
         owner = file.exists() and file.read_text() or "another process"
-        raise UserError(
-            f"{path} is being made by {owner}; wait for it, or name another --out"
-        ) from None
-    except NotImplementedError:  # a file system without locks
-        lock = None
+        cure = "wait for it, or name another --out"
+        raise UserError(f"{path} is being made by {owner}; {cure}")
     try:
         file.write_text(f"process {os.getpid()}")
         yield
     finally:
         file.unlink(missing_ok=True)
-        if lock:
-            lock.release()
+        lock.release()
 
 
 def list_files(folder, kinds):
@@ -1146,11 +1115,11 @@ def list_files(folder, kinds):
     (unfinished) files left out."""
     found, seen = [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
-        here = os.stat(root)
-        if (here.st_dev, here.st_ino) in seen:  # a link to a folder above
+        here = os.path.realpath(root)
+        if here in seen:  # a link to a folder above
             folders.clear()
             continue
-        seen.add((here.st_dev, here.st_ino))
+        seen.add(here)
         paths = [Path(root, name) for name in names if not name.startswith(".")]
         found += [p for p in paths if p.suffix.lower() in kinds]
     return sorted(p for p in found if p.is_file() or p.is_symlink())
@@ -1172,20 +1141,18 @@ def read_text(path):
 
 def read_json(path, keys=(), cure="remove it, and give the command that made it again"):
     """A JSON file that holds an object with these keys; UserError for another, or a torn one."""
-    try:
+    with suppress(ValueError, RecursionError):
         found = json.loads(read_text(path))
         if isinstance(found, dict) and set(keys) <= set(found):
             return found
-    except (ValueError, RecursionError):
-        pass
     raise UserError(f"{path} is torn, or not what its name says; {cure}")
 
 
 def read_lines(paths):
-    """All entries of JSON-lines files, torn lines left out."""
+    """All objects of JSON-lines files, torn lines left out."""
     entries = []
-    for line in (line for path in paths for line in read_text(path).splitlines()):
-        with contextlib.suppress(ValueError, RecursionError):
+    for line in "\n".join(map(read_text, paths)).splitlines():
+        with suppress(ValueError, RecursionError):
             entries.append(json.loads(line))
     return [entry for entry in entries if isinstance(entry, dict)]
 
@@ -1202,33 +1169,36 @@ def changed(path):
 
 
 MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EROFS, errno.ESTALE}
+MEMORY = MemoryError | torch.OutOfMemoryError
+
+
+def of_machine(error):
+    """Whether memory, a disk or a GPU is at fault."""
+    gpu = isinstance(error, RuntimeError) and re.search("cuda|cudnn|cublas", str(error), re.I)
+    broken = gpu or isinstance(error, MEMORY | torch.AcceleratorError)
+    return broken or getattr(error, "errno", 0) in MACHINE
 
 
 def blame(error, path):
     """Why the clip at `path` is left out for good. UserError where the machine is at fault (memory,
     disk, a folder that is away, torn weights): the next run tries again."""
-    memory = MemoryError | torch.OutOfMemoryError | torch.AcceleratorError
-    causes = [error, error.__cause__, error.__context__]
-    gpu = any(name in str(error).lower() for name in ("cuda", "cudnn", "cublas"))
-    machine = gpu and isinstance(error, RuntimeError)
-    machine |= any(isinstance(c, memory) or getattr(c, "errno", 0) in MACHINE for c in causes)
+    reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    machine = any(map(of_machine, (error, error.__cause__, error.__context__)))
     gone = not path.is_file() and not path.is_symlink()  # a dangling link is at fault itself
-    elsewhere = isinstance(error, UserError) and path.name not in str(error)
+    elsewhere = isinstance(error, UserError) and path.name not in reason
     if machine or gone or elsewhere:
-        raise UserError(
-            f"{path}: {type(error).__name__ if machine else error}, which is not the clip's fault; "
-            f"the same command goes on from here"
-        ) from None
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        what = type(error).__name__ if machine else error
+        cure = "which is not the clip's fault; the same command goes on from here"
+        raise UserError(f"{path}: {what}, {cure}")
+    return reason
 
 
 def enough_disk(folder, needed):
     free = shutil.disk_usage(folder).free
     if free < needed * 1.1:
-        raise UserError(
-            f"{folder} needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room "
-            f"and give the same command again: it goes on where it was"
-        )
+        sizes = f"about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        cure = "make room and give the same command again: it goes on where it was"
+        raise UserError(f"{folder} needs {sizes}; {cure}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1236,41 +1206,34 @@ def enough_disk(folder, needed):
 
 
 @torch.no_grad()
-def encode_clip(pixels, tracked, fps, autoencoder, scene_encoder, watch=contextlib.nullcontext):
+def encode_clip(pixels, tracked, fps, autoencoder, scene_encoder):
     """Cache record of a clip: an iterable of M crops (size, size, 3) uint8, its Track and rate.
 
     latent (M, C, H, W) f16, landmarks (M, 478, 3) f16, found (M,) bool, weight (M, H, W) u8 (the
     expressive mask), scene (2, S) f16 of the first and last frame, fps (numerator, denominator)."""
     device, pixels = next(autoencoder.parameters()).device, iter(pixels)
     latent, first, last = [], None, None
-    while True:  # a long clip is never in memory as a whole
-        with watch("decoding, crops"):
-            part = list(itertools.islice(pixels, 32))
-        if not part:
-            break
+    while part := list(itertools.islice(pixels, 32)):  # a long clip does not fit in memory
         first, last = part[0] if first is None else first, part[-1]
-        with watch("autoencoder"):
-            images = to_tensor(np.stack(part)).to(device)
-            latent.append(autoencoder.encode(images).half().cpu())
+        images = to_tensor(np.stack(part)).to(device)
+        latent.append(autoencoder.encode(images).half().cpu())
 
-    latent = torch.cat(latent).numpy()
-    with watch("masks"):
-        weight = [expressive_mask(points, latent.shape[-1]) for points in tracked.landmarks]
-    with watch("CLIP"):
-        scene = scene_encoder.images(to_tensor(np.stack([first, last]))).half().cpu().numpy()
+    latent = torch.cat(latent)  # (M, C, H, W)
+    weight = [expressive_mask(points, latent.shape[-1]) for points in tracked.landmarks]
+    ends = to_tensor(np.stack([first, last]))
     return dict(
         latent=latent,
         landmarks=tracked.landmarks.astype(np.float16),
         found=tracked.found,
         weight=np.stack(weight),
-        scene=scene,
+        scene=scene_encoder.images(ends).half().cpu(),
         fps=np.array(Fraction(fps).as_integer_ratio()),
     )
 
 
 class CacheWriter:
     """A cache: one safetensors file a clip, with its manifest entry and the settings `about` as
-    metadata. Several ranks write into one folder."""
+    metadata; no tensors for a clip that is left out. Several ranks write into one folder."""
 
     def __init__(self, folder, about):
         self.folder, self.about = Path(folder), about
@@ -1282,8 +1245,7 @@ class CacheWriter:
         return self.folder / f"clip-{digest[:16]}.safetensors"
 
     def add(self, record, entry):
-        tensors = {k: torch.from_numpy(np.asarray(v)) for k, v in record.items()}
-        entry = entry | dict(frames=len(record["found"]))
+        tensors = {k: torch.as_tensor(v) for k, v in record.items()}
         sdit.write_tensors(self.path(entry["file"]), tensors, dict(about=self.about, entry=entry))
 
     def read(self, path):
@@ -1333,35 +1295,35 @@ def pseudo_clip(picture, points, seed, M=16):
     rate, phase = rng.uniform(0.5, 1.2, 6), rng.uniform(0, 2 * np.pi, 6)
 
     for m in range(M):
-        turn, grow, dx, dy, *lean = reach * np.sin(2 * np.pi * rate * m / M + phase)
-        spin = np.float32([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
-        moved = (corners - (w / 2, h / 2)) @ (spin * (1 + grow)) + (w * (0.5 + dx), h * (0.5 + dy))
-        moved += np.float32(lean) * [[1], [-1], [1], [-1]] * (w, h)
+        angle, zoom, dx, dy, *tilt = reach * np.sin(2 * np.pi * rate * m / M + phase)
+        rotation = np.float32([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+        centre = w * (0.5 + dx), h * (0.5 + dy)
+        moved = (corners - (w / 2, h / 2)) @ (rotation * (1 + zoom)) + centre
+        moved += np.float32(tilt) * [[1], [-1], [1], [-1]] * (w, h)
 
         warp = cv2.getPerspectiveTransform(corners, np.float32(moved))
         frame = cv2.warpPerspective(picture, warp, (w, h), borderMode=cv2.BORDER_REFLECT_101)
         across = cv2.perspectiveTransform(points[None, :, :2], warp)[0]  # (478, 2)
-        yield frame, np.column_stack([across, points[:, 2] * (1 + grow)]).astype(np.float32)
+        yield frame, np.column_stack([across, points[:, 2] * (1 + zoom)]).astype(np.float32)
 
 
-def read_clip(path, landmarker, size, watch):
+def read_clip(path, landmarker, size):
     """(iterator of crops (size, size, 3) uint8, Track, fps, mirrored fraction) of a face clip, from
     the first to the last frame with the face, or of a picture as a pseudo-clip of 8 frames/s."""
-    with watch("decoding, landmarks"):
-        if path.suffix.lower() in PICTURES:
-            picture = resize_to(read_picture(path), 768)
-            points = landmarker(picture)
-            if points is None:
-                raise no_face(path)
-            seed = zlib.crc32(os.fsencode(path.name))
-            frames, points = zip(*pseudo_clip(picture, points, seed))
-            tracked, fps, shape = in_square(np.stack(points)), Fraction(8), picture.shape
-            square = tracked.square  # a moving picture is mirrored anyway
-        else:
-            frames = Video(path)
-            tracked, fps = track(frames, landmarker, path), frames.fps
-            shape = next(iter(frames)).shape
-            square = keep_inside(tracked.square, shape)
+    if path.suffix.lower() in PICTURES:
+        picture = resize_to(read_picture(path), 768)
+        points = landmarker(picture)
+        if points is None:
+            raise no_face(path)
+        seed = zlib.crc32(os.fsencode(path.name))
+        frames, points = zip(*pseudo_clip(picture, points, seed))
+        tracked, fps = in_square(np.stack(points)), Fraction(8)
+        shape, square = picture.shape, tracked.square  # a moving picture is mirrored anyway
+    else:
+        frames = Video(path)
+        tracked, fps = track(frames, landmarker, path), frames.fps
+        shape = next(iter(frames)).shape
+        square = keep_inside(tracked.square, shape)
     if square is None:
         raise UserError(f"{path}: {TOO_LARGE}")
 
@@ -1377,40 +1339,34 @@ def read_clip(path, landmarker, size, watch):
 def cache_clips(clips, writer, landmarker, autoencoder, scene_encoder, size):
     """Make the missing records of clips [(name, path)]. A bad clip is left out, with its reason."""
     rank, world, _ = ranks()
-    left_out, watch, frames = rejections(writer.folder), Stopwatch(), 0
+    watch, frames = Stopwatch(), 0
 
     def is_done(name, path):
-        rejected = name in left_out and left_out[name]["changed"] == changed(path)
-        return rejected or writer.read(writer.path(name))
+        entry = writer.read(writer.path(name))
+        return entry and entry.get("changed", changed(path)) == changed(path)
 
     todo = [clip for clip in clips if not is_done(*clip)]
     for name, path in tqdm(todo, f"clips, rank {rank}" if world > 1 else "clips", unit="clip"):
         try:
-            crops, tracked, fps, margin = read_clip(path, landmarker, size, watch)
-            record = encode_clip(crops, tracked, fps, autoencoder, scene_encoder, watch)
+            with watch("landmarks"):
+                crops, tracked, fps, margin = read_clip(path, landmarker, size)
+            with watch("autoencoder and CLIP"):
+                record = encode_clip(crops, tracked, fps, autoencoder, scene_encoder)
         except Exception as e:  # whatever is wrong with a file, the rest goes on
-            entry = dict(file=name, rejected=blame(e, path), changed=changed(path))
-            append_line(writer.folder / f"rejected-{rank:04d}.jsonl", entry)
+            record, entry = {}, dict(rejected=blame(e, path), changed=changed(path))
         else:
-            frames += len(record["found"])
-            missed = int((~tracked.found).sum())
-            square = [int(v) for v in tracked.square]
-            writer.add(record, dict(file=name, missed=missed, square=square, mirrored=margin))
+            missed, square = int((~tracked.found).sum()), [int(v) for v in tracked.square]
+            entry = dict(missed=missed, square=square, mirrored=margin, frames=len(tracked.found))
+            frames += len(tracked.found)
+        writer.add(record, dict(file=name) | entry)
     speeds = ", ".join(f"{part} {frames / s:.0f}" for part, s in watch.seconds.items())
     print(f"{frames} frames; frames a second: {speeds}")
 
 
-def rejections(folder):
-    """{file: entry} of the clips that were left out."""
-    entries = read_lines(sorted(folder.glob("rejected-*.jsonl")))
-    return {e["file"]: e for e in entries if {"file", "rejected", "changed"} <= set(e)}
-
-
-def finish_cache(writer, paths):
+def finish_cache(writer, names):
     """Write the index if every clip is there or left out: of several ranks, the last one does."""
-    left_out = rejections(writer.folder)
-    names = tqdm(paths, "index", leave=False, disable=None)
-    entries = [writer.read(writer.path(name)) or left_out.get(name) for name in names]
+    names = tqdm(names, "index", leave=False, disable=None)
+    entries = [writer.read(writer.path(name)) for name in names]
     if missing := entries.count(None):
         return print(f"{missing} clips are left for the other ranks; the last one writes the index")
     try:
@@ -1421,45 +1377,38 @@ def finish_cache(writer, paths):
     for path in writer.folder.glob(".clip-*.tmp.safetensors"):  # of killed runs
         path.unlink(missing_ok=True)
 
-    count = sum("rejected" in e for e in entries)
-    reasons = writer.folder / "manifest.jsonl"
-    kept = len(entries) - count
-    print(f"{kept} clips in {writer.folder}; {count} left out, reasons in {reasons}")
+    left_out = sum("rejected" in e for e in entries)
+    reasons = f"{left_out} left out, reasons in {writer.folder / 'manifest.jsonl'}"
+    print(f"{len(entries) - left_out} clips in {writer.folder}; {reasons}")
 
 
-def check_finished(folder, about, paths):
+def check_finished(folder, about, names):
     """UserError where a finished cache is not what the command asks for."""
     before, index = f"{folder} already holds a cache", folder / "index.json"
     must_agree(about, read_json(index), f"{before} of", "name another --out")
     there = {e.get("file") for e in read_lines([folder / "manifest.jsonl"])}
-    if new := len(set(paths) - there):
-        raise UserError(
-            f"{before}, without {new} of these clips; to add them, remove {index} first"
-        )
+    if new := len(set(names) - there):
+        raise UserError(f"{before}, without {new} of these; to add them, remove {index} first")
     print(f"{before} of these clips")
 
 
 def bench(cache, frames=8, rows=2000):
     """Print how many rows a second one process loads from a cache."""
-    loader = Rows(cache, frames)
-    for n in range(rows // 10):  # warm-up
-        loader[n]
-    began = time.perf_counter()
-    for n in tqdm(range(rows // 10, rows + rows // 10), "rows", leave=False):
+    loader, warm_up = Rows(cache, frames), rows // 10
+    for n in tqdm(range(warm_up + rows), "rows", leave=False):
+        if n == warm_up:
+            began = time.perf_counter()
         loader[n]
     seconds = time.perf_counter() - began
-    print(
-        f"{rows} rows of {frames} frames in {seconds:.1f} s: {rows / seconds:.0f} rows a second "
-        f"from {len(loader)} clips in {cache}"
-    )
+    speed = f"{rows} rows of {frames} frames in {seconds:.1f} s: {rows / seconds:.0f} rows a second"
+    print(f"{speed} from {len(loader)} clips in {cache}")
 
 
 # --------------------------------------------------------------------------------------------------
 # The command line
 
-while (_file := os.open(os.devnull, os.O_RDWR)) < 3:
+while (NULL := os.open(os.devnull, os.O_RDWR)) < 3:
     pass  # stderr is closed: no other file may get its number
-os.close(_file)
 for _name in ("stdout", "stderr"):
     if getattr(sys, _name) is None:
         setattr(sys, _name, open(os.devnull, "w"))
@@ -1468,19 +1417,14 @@ for _name in ("stdout", "stderr"):
 class Parser(argparse.ArgumentParser):
     """argparse with every default in --help, and one sentence for a mistake."""
 
-    class Formatter(argparse.RawDescriptionHelpFormatter):
-        def _get_help_string(self, action):
-            text = action.help or ""
-            shown = "default" in text or action.default in (None, False, argparse.SUPPRESS)
-            return text if shown else f"{text} (default: %(default)s)".strip()
-
     def __init__(self, description):
-        super().__init__(
-            description=description, formatter_class=self.Formatter, allow_abbrev=False
-        )
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=layout, allow_abbrev=False)
 
-    def add_argument(self, *names, **options):
-        return super().add_argument(*names, **{"help": ""} | options)
+    def add_argument(self, *names, help="", **options):
+        if options.get("default") not in (None, False, argparse.SUPPRESS):
+            help += " (default: %(default)s)"
+        return super().add_argument(*names, help=help, **options)
 
     def error(self, message):
         if message.startswith("argument "):
@@ -1513,7 +1457,7 @@ def end_with_parent(*_):
 
 def interrupt(number, _):
     if SAID and SAID.exists():  # this rank only follows
-        with contextlib.suppress(RuntimeError, OSError):
+        with suppress(RuntimeError, OSError):
             sys.stdout.flush()
         os._exit(2)
     raise KeyboardInterrupt(number)
@@ -1551,24 +1495,24 @@ def run_main(main):
 
 def explain(e):
     """The sentence for an error of the machine; other errors are faults of ours, and go on."""
-    if isinstance(e, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(e):
+    if isinstance(e, MEMORY) or "can't allocate memory" in str(e):
         return "out of memory; give smaller sizes or numbers, or use a machine that has more"
     if not isinstance(e, OSError | safetensors.SafetensorError):
         if SAID and SAID.exists():  # another rank went, and a broadcast with it
             sys.exit(2)
         raise e
-    full = getattr(e, "errno", 0) == errno.ENOSPC or "os error 28" in str(e).lower()
-    cure = "make room and give the same command again: what was whole is still there"
     what = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
-    return f"{what}; {cure if full else 'is it there, and may you read and write it?'}"
+    if getattr(e, "errno", 0) == errno.ENOSPC or "os error 28" in what.lower():
+        return f"{what}; make room and give the same command again: what was whole is still there"
+    return f"{what}; is it there, and may you read and write it?"
 
 
 def flush():
-    """Print what is left; a reader that went away is no fault."""
+    """Print what is left. A reader that went away is no fault."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(NULL, 1)
 
 
 # Of the ranks that torchrun starts on a machine, the one that made this file has said why all end.
@@ -1580,11 +1524,10 @@ SAID = (
 
 def launcher():
     """Process number of the torchrun that started this rank; None without one."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")[:4]
-        if SAID and any(
-            os.path.basename(word) in (b"torchrun", b"torch.distributed.run") for word in words
-        ):
+        names = {os.path.basename(word) for word in words}
+        if SAID and names & {b"torchrun", b"torch.distributed.run"}:
             return os.getppid()
 
 
@@ -1621,29 +1564,36 @@ def arguments():
     return ap.parse_args()
 
 
+def find_clips(folder):
+    """{name: path} of the videos and pictures in a folder tree."""
+    if folder is None:
+        raise UserError("name the folder of clips: python data.py CLIPS --out cache")
+    if not folder.is_dir():
+        raise UserError(f"no such folder: {folder}")
+    paths = {str(p.relative_to(folder)): p for p in list_files(folder, VIDEOS | PICTURES)}
+    if not paths:
+        kinds = " ".join(sorted(VIDEOS | PICTURES))
+        raise UserError(f"no videos and no pictures ({kinds}) under {folder}")
+    return paths
+
+
 def main():
     a = arguments()
     if a.bench:
         return bench(a.out)
-    if a.clips is None:
-        raise UserError("name the folder of clips: python data.py CLIPS --out cache")
-    if not a.clips.is_dir():
-        raise UserError(f"no such folder: {a.clips}")
-    paths = {str(p.relative_to(a.clips)): p for p in list_files(a.clips, VIDEOS | PICTURES)}
-    if not paths:
-        kinds = " ".join(sorted(VIDEOS | PICTURES))
-        raise UserError(f"no videos and no pictures ({kinds}) under {a.clips}")
+    paths = find_clips(a.clips)
 
     # Frozen models
     rank, world, _ = ranks()
-    device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    gpus = torch.cuda.device_count()
+    device = f"cuda:{rank % gpus}" if gpus else "cpu"
     a.autoencoder, a.clip = fetch(a.autoencoder), fetch(a.clip)
     autoencoder = sdit.load_autoencoder(a.autoencoder, device)
     scene_encoder, landmarker = SceneEncoder(a.clip, device), FaceLandmarker()
     demo = [path.resolve().parent == DEMO for path in (a.autoencoder, a.clip)]
     if any(demo) and rank == 0:
-        note = "note: the bundled autoencoder and CLIP know rendered faces; for real ones give"
-        print(f"{note} --autoencoder sd-vae-ft-mse --clip ViT-L-14")
+        known = "the bundled autoencoder and CLIP know rendered faces"
+        print(f"note: {known}; for real ones give {REAL_FACES}")
 
     # Settings of the cache
     a.size = a.size or (64 if demo[0] else 256)

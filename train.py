@@ -1,37 +1,34 @@
 """Train the sDiT and its mapping network on a cache (paper 3.1, 4.1, D). Autoencoder, CLIP and
 landmarks are frozen: the cache holds what they made.
 
-    # a laptop, at 64 pixels
-    python train.py --size demo --frames 4 --data cache --steps 16000 --batch 4 --lr 8e-4
+    python train.py --size demo --frames 4 --batch 4 --steps 16000 --lr 8e-4   # a laptop, 64 pixels
     torchrun --nproc_per_node=4 train.py    # the paper's XL/2, T = 8, batch 16, from ./cache
 
-The same command again goes on from the newest state in --out, on any number of processes. SIGTERM
-saves and leaves."""
+The same command again resumes from the newest state in --out, on any number of processes. SIGTERM
+and Ctrl-C save, then stop."""
 
 import argparse
 import contextlib
 import copy
 import dataclasses
+import datetime
 import json
 import math
-import os
 import re
 import signal
 import statistics
 import sys
-import threading
 import time
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.data import DataLoader
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 import data
@@ -40,63 +37,116 @@ import sdit
 from sdit import NoiseSchedule, UserError
 
 # --------------------------------------------------------------------------------------------------
+# Hyper-parameters: the paper's (4.1, D) unless a comment says whose
+
+
+def arguments():
+    ap = data.Parser(__doc__)
+    count, natural = data.number(int, 1), data.number(int, 0)
+    positive, fraction = data.number(float, 0), data.number(float, 0, 1)
+
+    def add(name, kind, default, text, **more):
+        ap.add_argument(name, type=kind, default=default, help=text, **more)
+
+    # the model: the paper trains T = 4 and T = 8, and predicts epsilon, as DiT does
+    add("--size", str, "XL/2", "S, B, L or XL with /2, /4 or /8; or demo")
+    add("--frames", count, 8, "T, frames of a row")
+    outputs = ("epsilon", "v")
+    add("--prediction", str, "epsilon", "of the network; v learns faster at first", choices=outputs)
+
+    # files
+    caches = "caches made by data.py; several with shares, as in a:0.9 b:0.1"
+    add("--data", str, ["cache"], caches, nargs="+", metavar="CACHE[:SHARE]")
+    add("--out", Path, None, "folder of the run (default: runs/SIZE-FRAMES)")
+    add("--init", Path, None, "initial weights: a model file of train.py, or DiT-XL-2-256x256.pt")
+
+    # the loss; paper silent: conditions are dropped as DiT drops its class
+    add("--lambda-ex", positive, 1.0, "extra weight of lips and eyes")
+    add("--drop", fraction, 0.1, "probability that a row loses scene and landmarks")
+
+    # optimisation: PyTorch's weight decay (DiT has 0); paper silent: no warm-up, DiT's average
+    add("--steps", count, 1_000_000, "of the whole run")
+    add("--batch", count, 16, "rows a step, over all processes")
+    add("--lr", positive, 6.4e-5, "largest learning rate; cosine to 0")
+    add("--mapping-lr", positive, None, "the mapping network's (default: a tenth of --lr)")
+    add("--warmup", natural, 0, "steps of linear warm-up")
+    add("--weight-decay", positive, 0.01, "of AdamW")
+    add("--ema", fraction, 0.9999, "decay of the average of the weights")
+    add("--seed", data.number(int, 0, 2**31), 0, "of weights, rows and noise")
+
+    # the machine
+    where = "of matrix products (default: bf16 where the device has it)"
+    add("--precision", str, None, where, choices=("bf16", "fp32"))
+    add("--accumulate", count, 1, "parts of a process's rows, one after another, to save memory")
+    compiled = "torch.compile the blocks: a minute's wait, then faster (default: on a GPU)"
+    ap.add_argument("--compile", action=argparse.BooleanOptionalAction, help=compiled)
+    workers = "processes that load rows (default: 4 with a GPU, else 0)"
+    add("--workers", data.number(int, 0, 256), None, workers)
+    add("--log-every", count, 50, "steps between log lines")  # torchrun takes --log for its own
+    add("--save-minutes", positive, 15, "minutes between states; 0: after every step")
+    add("--preview", natural, 2000, "steps between pictures, RUN/preview-STEP.png; 0: none")
+
+    a = ap.parse_args()
+    a.rank, a.world, _ = data.ranks()
+    a.out = a.out or Path("runs", f"{a.size.replace('/', '-')}-{a.frames}")
+    a.mapping_lr = a.lr / 10 if a.mapping_lr is None else a.mapping_lr
+    parts = a.world * a.accumulate
+    if a.batch % parts:
+        raise UserError(
+            f"--batch {a.batch} does not divide into {a.world} processes of {a.accumulate} parts; "
+            f"give a multiple of {parts}"
+        )
+    if a.init and a.init.resolve() == (a.out / "model.safetensors").resolve():
+        raise UserError(f"{a.init} would be written over; name another --out")
+    return a
+
+
+# These and the model's configuration define a run; a state of another run is not resumed.
+RECIPE = "steps batch lr mapping_lr warmup weight_decay lambda_ex drop ema precision seed".split()
+
+# --------------------------------------------------------------------------------------------------
 # The loss
 
 
-def expressive_weight(mask, lambda_ex):
-    """Weight of every latent, (B, T, 1, H, W), from the share of its pixels on lips and eyes, mask
-    (B, T, H, W) in 0..1.
-
-    Paper 4.1: "expressive landmark pixels are assigned a weight of (1 + lambda_ex) ... other pixels
-    receive a weight of 1"."""
-    return 1 + lambda_ex * mask[:, :, None]
-
-
-def variational_bound(schedule, x0, xt, predicted, v, t):
-    """The learned sigma's term of the variational bound, in bits a dimension, (B,) (Improved DDPM,
-    Sec. 3.1; DiT's routine).
-
-    KL of the true posterior from the model's; at t = 0, where there is no posterior, the likelihood
-    of x0 in bins of 2 / 255. That width belongs to 8-bit pixels and means little for latents; kept
-    as DiT has it. `predicted`, the noise, comes detached: this term teaches the network its
-    variance, never its mean."""
+def variational_bound(schedule, x0, xt, noise, v, t):
+    """The learned sigma's term of the variational bound, (B,), in bits a dimension (Improved DDPM,
+    Sec. 3.1). `noise` is predicted and detached: this term trains the variance, not the mean."""
+    at = schedule.at
     log_variance = schedule.log_variance(v, t)
-    clean = schedule.predict_x0(xt, predicted, t)
-    mean = schedule.at(schedule.mean_x0, t, xt) * clean + schedule.at(schedule.mean_xt, t, xt) * xt
-    true_mean = (
-        schedule.at(schedule.mean_x0, t, xt) * x0 + schedule.at(schedule.mean_xt, t, xt) * xt
-    )
-    true_log = schedule.at(schedule.posterior_variance.log(), t, xt)
-    kl = (
-        log_variance
-        - true_log
-        + torch.exp(true_log - log_variance)
-        + (true_mean - mean) ** 2 * torch.exp(-log_variance)
-        - 1
-    ) / 2
-    upper, lower = (
-        torch.special.ndtr((x0 + edge - mean) * torch.exp(-log_variance / 2))
-        for edge in (1 / 255, -1 / 255)
-    )
-    upper, lower = torch.where(x0 > 0.999, 1.0, upper), torch.where(x0 < -0.999, 0.0, lower)
-    decoder = -(upper - lower).clamp_min(1e-12).log()
-    first = (t == 0).view(-1, *[1] * (x0.dim() - 1))
-    return torch.where(first, decoder, kl).flatten(1).mean(1) / math.log(2)
+    true_log_variance = at(schedule.posterior_variance.log(), t, xt)
+    of_x0, of_xt = at(schedule.mean_x0, t, xt), at(schedule.mean_xt, t, xt)
+    mean = of_x0 * schedule.predict_x0(xt, noise, t) + of_xt * xt
+    true_mean = of_x0 * x0 + of_xt * xt
+
+    # KL divergence of the true posterior from the model's, both normal
+    kl = log_variance - true_log_variance + torch.exp(true_log_variance - log_variance)
+    kl = kl + (true_mean - mean) ** 2 * torch.exp(-log_variance)
+    kl = (kl - 1) / 2
+
+    # t = 0 has no posterior: the likelihood of x0 in a bin as wide as an 8-bit pixel's; that means
+    # little for latents, and is kept as DiT has it
+    edges = (x0 + 1 / 255 - mean, x0 - 1 / 255 - mean)
+    upper, lower = (torch.special.ndtr(x * torch.exp(-log_variance / 2)) for x in edges)
+    upper = torch.where(x0 > 0.999, 1.0, upper)
+    lower = torch.where(x0 < -0.999, 0.0, lower)
+    likelihood = (upper - lower).clamp_min(1e-12)
+
+    first = (t == 0).view(-1, 1, 1, 1, 1)
+    nats = torch.where(first, -likelihood.log(), kl)  # (B, T, C, H, W)
+    return nats.flatten(1).mean(1) / math.log(2)
 
 
 def diffusion_loss(model, schedule, batch, t, noise, drop, lambda_ex=1.0):
-    """Loss of every row: (weighted mean squared error (B,), bound (B,)); their sum is what is
-    trained.
-
-    batch: see `data.Rows`; t (B,) timesteps, one a row (paper silent: all frames of a row share
-    it); noise like the latents; drop (B,) bool, rows that lose scene and landmarks. The weights are
-    not normalised (paper silent: plain mean)."""
+    """(weighted squared error (B,), bound (B,)), whose sum is trained. batch: of `data.Rows`; t
+    (B,), one for all frames of a row (paper silent); drop (B,): rows that lose their conditions."""
     x0 = batch["latents"]
     xt = schedule.add_noise(x0, noise, t)
-    output = model(xt, t, model.mapping(batch["scene"], batch["landmarks"], drop)).float()
-    predicted, v = output.chunk(2, dim=2)  # (B, T, C, H, W) each
+    conditioning = model.mapping(batch["scene"], batch["landmarks"], drop)  # (B, T, D)
+    predicted, v = model(xt, t, conditioning).float().chunk(2, 2)  # (B, T, C, H, W) each
 
-    weight = expressive_weight(batch["mask"], lambda_ex)  # (B, T, 1, H, W)
+    # paper 4.1: "expressive landmark pixels are assigned a weight of (1 + lambda_ex)"; paper
+    # silent: not divided by the sum of the weights
+    weight = 1 + lambda_ex * batch["mask"][:, :, None]  # (B, T, 1, H, W)
     error = (weight * (predicted - noise) ** 2).flatten(1).mean(1)  # (B,)
     if model.config.prediction == "v":
         # epsilon's error is sqrt(alpha_bar) times v's: this is the squared error of v
@@ -106,8 +156,7 @@ def diffusion_loss(model, schedule, batch, t, noise, drop, lambda_ex=1.0):
 
 
 class Objective(nn.Module):
-    """`diffusion_loss` as a module: gradients of several processes are averaged around one forward
-    call."""
+    """`diffusion_loss` as a module, for DistributedDataParallel."""
 
     def __init__(self, model, schedule, lambda_ex):
         super().__init__()
@@ -117,109 +166,363 @@ class Objective(nn.Module):
         return diffusion_loss(self.model, self.schedule, batch, t, noise, drop, self.lambda_ex)
 
 
-def draw(seed, step, shape, p_drop):
-    """(timesteps (B,), noise of `shape` (B, ...), drop (B,)), a function of (seed, step) alone.
-
-    t is uniform over 0..999, and conditions are dropped with probability `p_drop` (DiT's 0.1; paper
-    silent)."""
+def sample_noise(seed, step, shape, p_drop):
+    """A function of (seed, step) alone: timesteps (B,), uniform over 0..999; noise of `shape`
+    (B, ...); drop (B,), true with probability `p_drop`."""
     g = torch.Generator().manual_seed(seed * 1_000_003 + step)
     t = torch.randint(NoiseSchedule.steps, shape[:1], generator=g)
     return t, torch.randn(shape, generator=g), torch.rand(shape[0], generator=g) < p_drop
 
 
 # --------------------------------------------------------------------------------------------------
+# Optimiser, learning rate, average
+
+
+def build_optimizer(model, lr, mapping_lr, weight_decay):
+    """AdamW (paper D: "default parameter values"); the mapping network has a learning rate of its
+    own (paper 4.1: ten times smaller)."""
+    mapping = list(model.mapping.parameters())
+    rest = [p for name, p in model.named_parameters() if not name.startswith("mapping.")]
+    rates = ((rest, lr), (mapping, mapping_lr))
+    groups = [dict(params=params, lr=rate, initial=rate) for params, rate in rates]
+    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
+
+
+def learning_rate(step, steps, warmup):
+    """Factor of both learning rates: a linear warm-up, and cosine to 0 (paper 4.1)."""
+    return min(1, (step + 1) / max(1, warmup)) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+@torch.no_grad()
+def update_ema(ema, model, step, decay):
+    """Exponential moving average of the weights, which follows closely at first."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+# --------------------------------------------------------------------------------------------------
+# Set-up
+
+
+def start_processes():
+    """The device of this process; under torchrun it joins the others, over NCCL or gloo."""
+    _, world, local = data.ranks()
+    gpus = torch.cuda.device_count()
+    if 0 < gpus <= local:
+        raise UserError(
+            f"process {local} finds no GPU of its own; give torchrun --nproc_per_node={gpus}"
+        )
+    device = torch.device(f"cuda:{local}" if gpus else "cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if gpus else "gloo")
+    return device
+
+
+def build_model(rows, size, frames, prediction="epsilon"):
+    """An untrained SDiT for a cache, with its latent shape, frozen models and statistics."""
+    passed = "latent_channels", "latent_size", "scene_width", "autoencoder", "clip"
+    passed += "autoencoder_sha256", "clip_sha256"
+    settings = {name: rows.about[name] for name in passed}
+    buffers = rows.statistics()
+    settings["scene_mean"] = [round(x, 5) for x in buffers["scene_mean"].tolist()]
+    model = sdit.SDiT(sdit.make_config(size, frames, prediction=prediction, **settings))
+    for name, value in buffers.items():
+        getattr(model.mapping, name).copy_(value)
+    return model
+
+
+def init_weights(model, path):
+    """Start from a model file of ours, with its statistics, or from an image DiT's transformer."""
+    tensors, config = sdit.read_tensors(path)
+    prediction = config.get("prediction", "epsilon")
+    if prediction != model.config.prediction:
+        raise UserError(f"{path} predicts {prediction}; give --prediction {prediction}")
+
+    if not config:
+        for foreign in ("pos_embed", "y_embedder.embedding_table.weight"):
+            tensors.pop(foreign, None)
+        tensors |= {k: v for k, v in model.state_dict().items() if k.startswith("mapping.")}
+        print(
+            f"{path}: weights of an image model without our metadata, taken as DiT's; those are "
+            f"licensed CC BY-NC 4.0, not for commercial use, and so is what is trained from them"
+        )
+    for part in ("autoencoder", "clip"):
+        here, there = getattr(model.config, part), config.get(part)
+        if config and config.get(f"{part}_sha256") != getattr(model.config, f"{part}_sha256"):
+            print(f"note: {path} was trained with another {part} ({there}) than the cache ({here})")
+    sdit.fill(model, tensors, path)
+
+
+def build_networks(a, rows, device):
+    """((model, its average, optimiser), steps done), from the newest state if there is one."""
+    model = build_model(rows, a.size, a.frames, a.prediction)
+    if a.init and not states(a.out):
+        init_weights(model, a.init)
+    model.to(device)
+    if a.world > 1:
+        for buffer in model.buffers():  # another processor may flip the components' signs
+            dist.broadcast(buffer, 0)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    optimizer = build_optimizer(model, a.lr, a.mapping_lr, a.weight_decay)
+    networks = model, ema, optimizer
+    return networks, load_state(a.out, *networks, a.recipe)
+
+
+def build_objective(model, schedule, a):
+    """The loss to call: its blocks compiled, its gradients averaged over the processes."""
+    cuda = schedule.beta.is_cuda
+    if cuda if a.compile is None else a.compile:
+        torch._dynamo.config.optimize_ddp = False  # it would cut a block in three
+        for block in model.blocks:  # one compilation serves all
+            block.compile()
+    objective = Objective(model, schedule, a.lambda_ex)
+    if a.world == 1:
+        return objective
+    warnings.filterwarnings("ignore", "`broadcast_buffers`")  # older PyTorch has no other name
+    return DistributedDataParallel(objective, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+def load_batches(rows, a, start, parts, device):
+    """The rows of each forward pass, on the device; `parts`: first rows in the batch of a step."""
+    firsts = (step * a.batch + part for step in range(start, a.steps) for part in parts)
+    cuda = device.type == "cuda"
+    loader = DataLoader(
+        rows,
+        batch_sampler=(range(first, first + parts.step) for first in firsts),
+        num_workers=4 * cuda if a.workers is None else a.workers,
+        pin_memory=cuda,
+        worker_init_fn=data.end_with_parent,
+    )
+    try:
+        for batch in loader:
+            yield {name: data.send(x, device) for name, x in batch.items()}
+    except UserError as e:  # of a worker, with its traceback
+        raise UserError(str(e).strip().splitlines()[-1].removeprefix("sdit.UserError: ")) from None
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e) or "Traceback" in str(e):
+            raise
+        raise UserError(
+            "the system killed a process that loads rows, for lack of memory perhaps; "
+            "the same command goes on, with fewer --workers"
+        ) from None
+
+
+# --------------------------------------------------------------------------------------------------
+# The loop
+
+
+def train(a, rows):
+    device = start_processes()
+    a.precision = a.precision or ("bf16" if sdit.has_bf16(device.type) else "fp32")
+    a.recipe = {name: getattr(a, name) for name in RECIPE}
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=a.precision == "bf16")
+    torch.manual_seed(a.seed)
+
+    networks, start = build_networks(a, rows, device)
+    if start >= a.steps:
+        print(f"{a.out} is finished: {start} steps")
+        return
+    model, ema, optimizer = networks
+    objective = build_objective(model, NoiseSchedule(device), a)
+    run = Run(a, rows, networks, start, device)
+    # of the rows of a step, this process works through its share in parts
+    share = a.batch // a.world
+    parts = range(a.rank * share, (a.rank + 1) * share, share // a.accumulate)
+    batches = load_batches(rows, a, start, parts, device)
+    shape = (a.batch, *rows[0]["latents"].shape)  # (B, T, C, H, W), of all processes
+
+    with run.saver, tqdm(total=a.steps, initial=start, unit="step", disable=a.rank > 0) as bar:
+        for step in range(start, a.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial"] * learning_rate(step, a.steps, a.warmup)
+            sampled = sample_noise(a.seed, step, shape, a.drop)
+
+            optimizer.zero_grad()
+            for first in parts:
+                batch = next(batches)
+                mine = slice(first, first + parts.step)
+                t, noise, drop = (data.send(x[mine], device) for x in sampled)
+
+                # processes average their gradients after the last part, as with no_sync()
+                objective.require_backward_grad_sync = first == parts[-1]
+                with autocast:
+                    error, bound = objective(batch, t, noise, drop)
+                ((error + bound).mean() / a.accumulate).backward()
+                run.meter.add(step + 1, t, error, bound)
+
+            optimizer.step()
+            update_ema(ema, model, step, a.ema)
+            bar.update()
+
+            run.maybe_preview(step + 1)
+            if run.check(step + 1):  # seldom, since it waits for the device
+                run.log_step(step + 1)
+                run.maybe_save(step + 1)
+            if run.stopping:
+                break
+
+    if run.stopping and step + 1 < a.steps and a.rank == 0:
+        by = signal.Signals(run.signals[0]).name if run.signals else "another process"
+        print(f"stopped by {by}; saved after step {step + 1}; the same command goes on")
+    if a.world > 1:
+        dist.barrier()  # rank 0 may still be writing
+        dist.destroy_process_group()
+
+
+class Run:
+    """What happens beside learning: log, states, previews, and Ctrl-C or SIGTERM."""
+
+    def __init__(self, a, rows, networks, start, device):
+        self.a, self.networks, self.logged = a, networks, start
+        self.signals, self.stopping = [], False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: self.signals.append(number))
+
+        model = networks[0]
+        self.flops = row_flops(model.config)
+        bf16 = a.precision == "bf16"
+        self.peak = device_peak(device, torch.bfloat16 if bf16 else torch.float32)
+        self.preview = build_preview(a, model.config, device)
+        if a.rank == 0:
+            million = sum(p.numel() for p in model.parameters()) / 1e6
+            print(
+                f"{a.size}, {a.frames} frames: {million:.1f} M parameters; {len(rows)} clips; "
+                f"{a.world} x {device.type}, {a.precision}, peak {self.peak:.3g} TFLOP/s; "
+                f"from step {start}"
+            )
+        self.meter, self.saver, self.saved = Meter(device), Saver(a.out), time.monotonic()
+
+    def check(self, step):
+        """Whether there is something to log or save after `step` steps. Several processes agree on
+        it, at the latest every ten steps. UserError where loss or gradient are not finite."""
+        a = self.a
+        logging = step % a.log_every == 0
+        saving = step == a.steps or a.save_minutes == 0
+        idle = self.saver.writing.done()
+        due = idle and time.monotonic() - self.saved >= a.save_minutes * 60
+        asking = step % 10 == 0 if a.world > 1 else self.signals or due
+        if not (logging or saving or asking):
+            return False
+
+        gradients = [p.grad for p in self.networks[0].parameters() if p.grad is not None]
+        self.norm = nn.utils.get_total_norm(gradients).item()
+        due = due and a.rank == 0  # whose clock is everyone's
+        bad, self.stopping, due = self.meter.agree(bool(self.signals), due)
+        if bad or not math.isfinite(self.norm):
+            raise UserError(
+                f"the loss or its gradient was not finite at step {bad or step}; {NOTHING_SAVED}"
+            )
+        if idle:
+            self.saver.writing.result()  # raises what went wrong
+        self.logging = logging or self.stopping
+        self.saving = saving or due or self.stopping
+        return True
+
+    def log_step(self, step):
+        """A line of text, and the same in RUN/log.jsonl. mse: weighted, over all t, and by quarters
+        of t."""
+        if not self.logging:
+            return
+        a, entry = self.a, dict(step=step, **self.meter.means(), norm=self.norm)
+        if a.rank > 0:
+            return
+
+        rate = (step - self.logged) * a.batch / self.meter.lap()
+        tflops = rate * self.flops / 1e12
+        entry |= dict(lr=self.networks[2].param_groups[0]["lr"], rows_per_s=rate, tflops=tflops)
+        memory = data.peak_memory(self.meter.sums.device)
+        entry |= dict(mfu=tflops / self.peak / a.world, memory_gib=memory)
+        entry |= dict(eta_s=(a.steps - step) * a.batch / rate)
+        self.logged = step
+        with open(a.out / "log.jsonl", "a") as log:
+            log.write(json.dumps(entry) + "\n")
+        tqdm.write(log_text(entry))
+
+    def maybe_save(self, step):
+        if not self.saving:
+            return
+        self.saved = time.monotonic()
+        if self.a.rank == 0:
+            with self.meter.pause():
+                self.saver.save(step, *self.networks, self.a.recipe)
+
+    def maybe_preview(self, step):
+        if self.preview and step % self.a.preview == 0:
+            with self.meter.pause():
+                self.preview(self.networks[1], self.a.out / f"preview-{step:08d}.png")
+
+
+def log_text(entry):
+    by_t = "/".join(f"{quarter:.3f}" for quarter in entry["quarters"])
+    left = datetime.timedelta(seconds=round(entry["eta_s"]))
+    return (
+        "step {step} mse {mse:.4f} by t {by_t} bound {bound:.4f} lr {lr:.1e} norm {norm:.2f} "
+        "{rows_per_s:.1f} rows/s {tflops:.3g} TFLOP/s {mfu:.0%} of peak {memory_gib:.1f} GiB "
+        "{left} left"
+    ).format(**entry, by_t=by_t, left=left)
+
+
+# --------------------------------------------------------------------------------------------------
 # States on disk
 
-# What a run is, with the model's configuration; a state of another recipe, or of a cache with
-# another mean scene, is refused. The other arguments, the number of processes and the machine may
-# change between sessions (name --precision where its default would change with it).
-RECIPE = "steps batch lr mapping_lr warmup weight_decay lambda_ex drop ema precision seed".split()
+NOTHING_SAVED = "nothing was saved over; start again with a lower --lr and another --out"
 
 
-class Saver:
-    """Writes the states of a run in a thread: RUN/model.safetensors, the EMA weights, and
-    RUN/state-STEP.pt, the last two of which are kept. A step waits only for the copy to host
-    memory; a second save waits for the first. Used as a context, it ends when all is written."""
+class Saver(ThreadPoolExecutor):
+    """A thread that writes RUN/model.safetensors (the EMA weights) and RUN/state-STEP.pt (the last
+    two stay). A step waits only for the copy to host memory, a second save for the first, and the
+    end of the context for all."""
 
     def __init__(self, out):
-        self.out, self.thread, self.error, self.host = out, None, None, []
-
-    def __enter__(self):
-        return self
+        super().__init__(1)
+        self.out, self.host, self.writing = out, [], Future()
+        self.writing.set_result(None)  # nothing yet
 
     def __exit__(self, kind, *_):
-        if self.busy:
-            self.thread.join()
+        self.shutdown()
         if kind is None:
-            self.check()
-
-    @property
-    def busy(self):
-        return self.thread is not None and self.thread.is_alive()
-
-    def check(self):
-        """Raise what went wrong in the thread."""
-        if self.error:
-            raise self.error
+            self.writing.result()
 
     @torch.no_grad()
     def save(self, step, model, ema, optimizer, recipe):
-        if self.busy:
-            self.thread.join()
-        self.check()
-
+        self.writing.result()  # or raises what went wrong
         largest = torch.stack(torch._foreach_norm(list(model.parameters()), math.inf)).max()
         if not largest < 1e10:  # nor nan
             raise UserError(f"the weights have no sensible size after step {step}; {NOTHING_SAVED}")
 
-        state = dict(
-            step=step,
-            model=model.state_dict(),
-            ema=ema.state_dict(),
-            optimizer=optimizer.state_dict(),
-            recipe=dataclasses.asdict(model.config) | recipe,
-        )
-        state = self.to_host(state)
-        self.thread = threading.Thread(target=self.write, args=(state, model.config))
-        self.thread.start()
+        networks = dict(model=model, ema=ema, optimizer=optimizer)
+        state = {name: network.state_dict() for name, network in networks.items()}
+        state |= dict(step=step, recipe=dataclasses.asdict(model.config) | recipe)
+        self.writing = self.submit(self.write, self.to_host(state), model.config)
 
     def to_host(self, state):
-        """The state with its tensors in host memory, which is kept for the next time: of a GPU
-        pinned, which is copied to several times faster and takes seconds to get."""
-        leaves, structure = tree_flatten(state)
-        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        """The state with its tensors in host memory. Pinned memory is fast, but takes seconds to
+        get: it is kept for the next time."""
+        tensors = [x for x in tree_leaves(state) if isinstance(x, torch.Tensor)]
         data.enough_disk(self.out, sum(x.nbytes for x in tensors))  # PyTorch aborts on a full one
-        cuda = tensors[0].is_cuda
         if not self.host:
-            self.host = [
-                torch.empty_like(x, device="cpu", pin_memory=cuda and x.is_cuda) for x in tensors
-            ]
-        for copied, x in zip(self.host, tensors, strict=True):
-            copied.copy_(x, non_blocking=True)
-        if cuda:
+            self.host = [torch.empty_like(x, device="cpu", pin_memory=x.is_cuda) for x in tensors]
+        torch._foreach_copy_(self.host, tensors, non_blocking=True)
+        if tensors[0].is_cuda:
             torch.cuda.synchronize()
         copies = iter(self.host)
-        leaves = [next(copies) if isinstance(x, torch.Tensor) else x for x in leaves]
-        return tree_unflatten(leaves, structure)
+        return tree_map_only(torch.Tensor, lambda _: next(copies), state)
 
     def write(self, state, config):
         """The model first: a run whose last state is there counts as finished."""
-        try:
-            model, path = self.out / "model.safetensors", self.out / f"state-{state['step']:08d}.pt"
-            sdit.write_tensors(model, state["ema"], dataclasses.asdict(config))
-            with sdit.atomic(path) as temporary:
-                torch.save(state, temporary)
-            for old in states(self.out)[:-2]:
-                old.unlink()
-            for left in self.out.glob(".state-*.tmp.pt"):  # of killed runs
-                left.unlink()
-        except Exception as e:
-            self.error = e
+        model, path = self.out / "model.safetensors", self.out / f"state-{state['step']:08d}.pt"
+        sdit.write_tensors(model, state["ema"], dataclasses.asdict(config))
+        with sdit.atomic(path) as temporary:
+            torch.save(state, temporary)
+        of_killed_runs = self.out.glob(".state-*.tmp.pt")
+        for old in (*states(self.out)[:-2], *of_killed_runs):
+            old.unlink()
 
 
 def states(out):
-    """The states of a run, the newest last; copies that a user keeps beside them, as state-best.pt,
-    are not of them."""
+    """States of a run, the newest last; not what a user keeps beside them, as state-best.pt."""
     return sorted(p for p in out.glob("state-*.pt") if re.fullmatch(r"state-\d+\.pt", p.name))
 
 
@@ -231,113 +534,133 @@ def read_state(path):
 
 
 def newest_state(out):
-    """(path, state) of the newest state in `out` that is whole, reporting those that are not;
-    (None, None) where there is none."""
+    """Path of the newest state that loads, or None; damaged ones are reported."""
     paths = states(out)[::-1]
     for path in paths:
         try:
-            return path, read_state(path)
-        except Exception as e:  # torch raises a dozen kinds for a damaged file
-            print(
-                f"{path} is damaged: it does not load ({type(e).__name__}); taking the one before",
-                file=sys.stderr,
-            )
+            read_state(path)
+            return path
+        except Exception as e:  # torch raises a dozen kinds
+            kind = type(e).__name__
+            print(f"{path} is damaged ({kind}); taking the one before", file=sys.stderr)
     if paths:
         raise UserError(f"every state in {out} is damaged; remove them to start again")
-    return None, None
 
 
 def load_state(out, model, ema, optimizer, recipe):
-    """Fill all three from the newest state in `out`; returns the steps done, 0 where there is none.
-    Of several processes, rank 0 says which state that is."""
-    if not dist.is_initialized():
-        path, state = newest_state(out)
-    else:
-        chosen = [None]
-        if dist.get_rank() == 0:
-            chosen = [newest_state(out)[0]]
+    """Fill all three from the newest state, which rank 0 chooses; returns its step, or 0."""
+    chosen = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        chosen = [newest_state(out)]
+    if dist.is_initialized():
         dist.broadcast_object_list(chosen)
-        path = chosen[0]
-        state = path and read_state(path)
+    path = chosen[0]
     if path is None:
         return 0
-    recipe = dataclasses.asdict(model.config) | recipe
-    saved = state["recipe"]
-    changed = [
-        f"{k} ({saved.get(k)}, now {v})"
-        for k, v in recipe.items()
-        if k != "scene_mean" and v != saved.get(k)
-    ]
-    means = [recipe["scene_mean"], saved["scene_mean"]]
-    # not to the bit: another processor rounds differently
-    if len(means[0]) != len(means[1]) or not np.allclose(*means, atol=1e-4):
+
+    state = read_state(path)
+    saved, recipe = state["recipe"], dataclasses.asdict(model.config) | recipe
+    means = [r.pop("scene_mean") for r in (saved, recipe)]
+    changed = [f"{k} ({saved.get(k)}, now {v})" for k, v in recipe.items() if v != saved.get(k)]
+    # another processor rounds differently
+    if len(means[0]) != len(means[1]) or not all(abs(x - y) < 1e-4 for x, y in zip(*means)):
         changed.append("data")
     if changed:
         raise UserError(
-            f"{path} was trained with another {' and '.join(changed)}; give the same settings, or go on from its weights: "
-            f"--init {out / 'model.safetensors'} and another --out"
+            f"{path} was trained with another {' and '.join(changed)}; give the same settings, or "
+            f"go on from its weights: --init {out / 'model.safetensors'} and another --out"
         )
-    model.load_state_dict(state["model"])
-    ema.load_state_dict(state["ema"])
-    optimizer.load_state_dict(state["optimizer"])
+    for name, network in dict(model=model, ema=ema, optimizer=optimizer).items():
+        network.load_state_dict(state[name])
     return state["step"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Previews
+
+
+class Preview:
+    """RUN/preview-STEP.png: held-out clips, and below each what the average model makes of its
+    source and landmarks."""
+
+    def __init__(self, a, config, device):
+        rows = data.Rows(a.data, a.frames, a.seed, held_out=True)
+        batch = default_collate([rows[n] for n in range(min(4, len(rows)))])
+        self.batch = {name: x.to(device) for name, x in batch.items()}
+        g = torch.Generator().manual_seed(0)
+        self.noise = torch.randn(batch["latents"].shape, generator=g).to(device)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=a.precision == "bf16")
+
+        beside = rows.folder / "index.json"
+        path = data.find_weights(config.autoencoder, config.autoencoder_sha256, beside)
+        self.autoencoder = sdit.load_autoencoder(path, device)
+
+    @torch.no_grad()
+    def __call__(self, model, path):
+        from torchvision.utils import save_image  # takes seconds
+
+        with self.autocast:
+            conditions = [model.mapping(self.batch["scene"], self.batch["landmarks"])]
+            settings = sample.Settings(20, "ddim")
+            # (rows, T, C, H, W)
+            made = sample.sample_plain(model, self.noise, None, conditions, settings, None)
+
+        pixels = [self.autoencoder.decode(z) for z in (self.batch["latents"], made)]
+        pictures = torch.stack(pixels, 1).flatten(0, 2)  # (rows * 2 * T, 3, h, w)
+        form = dict(nrow=made.shape[1], padding=0, normalize=True, value_range=(-1, 1))
+        with sdit.atomic(path) as temporary:
+            save_image(pictures, temporary, **form)
+
+
+def build_preview(a, config, device):
+    """A Preview; None, with a word, where the cache's autoencoder is not there."""
+    if a.preview and a.rank == 0:
+        try:
+            return Preview(a, config, device)
+        except UserError as e:
+            print(f"no previews: {e}")
 
 
 # --------------------------------------------------------------------------------------------------
 # Speed
 
 # Dense bf16 TFLOP/s of the data sheets, by the whole name that the driver gives after "NVIDIA ".
-PEAKS = {
-    "A100-SXM4-40GB": 312,
-    "A100-SXM4-80GB": 312,
-    "A100-PCIE-40GB": 312,
-    "A100 80GB PCIe": 312,
-    "H100 80GB HBM3": 989,
-    "H100 PCIe": 756,
-    "H100 NVL": 835,
-    "H200": 989,
-    "H200 NVL": 835,
-}
+PEAKS = {"H100 80GB HBM3": 989, "H100 PCIe": 756, "H100 NVL": 835, "H200": 989, "H200 NVL": 835}
+A100 = "A100-SXM4-40GB", "A100-SXM4-80GB", "A100-PCIE-40GB", "A100 80GB PCIe"
+PEAKS |= dict.fromkeys(A100, 312)
 
 
 def row_flops(config):
-    """Floating-point operations of one training row: 3 times those of the forward pass, 2 for a
-    multiplication and addition.
-
-    A frame costs, in every block, 24 D^2 N for the linear layers, 4 D N^2 T for attention, 12 D^2
-    for its modulation."""
+    """Floating-point operations of one training row: 3 times those of the forward pass."""
     D, N, T = config.width, config.tokens, config.frames
-    frame = (
-        config.depth * (24 * D**2 * N + 4 * D * N**2 * T + 12 * D**2)
-        + 6 * N * config.patch**2 * config.latent_channels * D
-    )
-    return 3 * T * frame
+    # a frame: linear layers, attention, modulation
+    block = 24 * D**2 * N + 4 * D * N**2 * T + 12 * D**2
+    ends = 6 * N * config.patch**2 * config.latent_channels * D
+    return 3 * T * (config.depth * block + ends)
 
 
 def device_peak(device, dtype):
-    """TFLOP/s of the device: from PEAKS, or, for what is not there, measured on a product of square
-    matrices."""
+    """TFLOP/s of the device, from PEAKS, or measured on a product of square matrices."""
     if device.type == "cuda" and dtype is torch.bfloat16:
         name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ")
         if name in PEAKS:
             return PEAKS[name]
     n = 8192 if device.type == "cuda" else 1024
-    a, seconds = torch.ones(n, n, device=device, dtype=dtype), []
+    matrix, seconds = torch.ones(n, n, device=device, dtype=dtype), []
     for _ in range(7):
         began = time.perf_counter()
-        float((a @ a)[0, 0])  # waits for the result
+        (matrix @ matrix)[0, 0].item()  # waits for the result
         seconds.append(time.perf_counter() - began)
     return 2 * n**3 / statistics.median(seconds) / 1e12
 
 
 class Meter:
-    """Gathers what the log line says on the device, and the time since the last one; only `read`
-    waits for the device and for the other processes."""
+    """Losses, summed on the device, and the time since the last log line. `agree` and `means` wait
+    for the device and the other processes."""
 
     def __init__(self, device):
         self.sums = torch.zeros(4, 3, device=device)  # by quarter of t: error, bound, rows
-        # first step with a loss that is not finite
-        self.bad = torch.full((), torch.inf, device=device)
+        self.bad = torch.full((), torch.inf, device=device)  # first step with a loss not finite
         self.began = time.monotonic()
 
     def add(self, step, t, error, bound):
@@ -346,22 +669,23 @@ class Meter:
         bad = ~torch.isfinite(error + bound).all()
         self.bad = torch.where(bad, self.bad.clamp(max=step), self.bad)
 
-    def read(self, stopping, saving, clear):
-        """(mean weighted squared error, mean bound, the error by quarter, first bad step or None,
-        whether a process was told to stop, whether one wants to save), over all ranks."""
-        sums, told = self.sums.clone(), [torch.full_like(self.bad, x) for x in (stopping, saving)]
-        flags = torch.stack([-self.bad, *told])
+    def agree(self, *flags):
+        """[first bad step or None, and of each flag whether it is set in any process]."""
+        values = torch.stack([-self.bad, *(torch.full_like(self.bad, flag) for flag in flags)])
         if dist.is_initialized():
-            dist.all_reduce(sums)
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
-        if clear:
-            self.sums.zero_()
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        bad, *flags = values.tolist()
+        return [None if bad == -math.inf else int(-bad), *map(bool, flags)]
 
-        sums, (bad, stopping, saving) = sums.cpu(), flags.tolist()
+    def means(self):
+        """Over all processes, since the last call."""
+        if dist.is_initialized():
+            dist.all_reduce(self.sums)
+        sums = self.sums.cpu()
+        self.sums = torch.zeros_like(self.sums)
         error, bound, rows = sums.sum(0).tolist()
-        quarters = (sums[:, 0] / sums[:, 2].clamp_min(1)).tolist()
-        bad = None if bad == -math.inf else int(-bad)
-        return error / rows, bound / rows, quarters, bad, bool(stopping), bool(saving)
+        quarters = sums[:, 0] / sums[:, 2].clamp_min(1)
+        return dict(mse=error / rows, bound=bound / rows, quarters=quarters.tolist())
 
     @contextlib.contextmanager
     def pause(self):
@@ -378,455 +702,11 @@ class Meter:
         return seconds
 
 
-# --------------------------------------------------------------------------------------------------
-# The loop
-
-
-def start_processes():
-    """(rank, processes, device). Under torchrun they are a group: a GPU each, or CPUs over gloo."""
-    numbers = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in numbers)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        if local >= count:
-            raise UserError(
-                f"process {local} finds no GPU of its own, there are {count}; give torchrun "
-                f"--nproc_per_node={count}"
-            )
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
-
-
-def build_model(rows, size, frames, prediction="epsilon"):
-    """An untrained SDiT for a cache: it takes over the cache's latent shape, names of the frozen
-    models, and statistics. (--init from a model of ours then brings that model's statistics, which
-    its weights have learned to read.)"""
-    passed = (
-        "latent_channels",
-        "latent_size",
-        "scene_width",
-        "autoencoder",
-        "autoencoder_sha256",
-        "clip",
-        "clip_sha256",
-    )
-    statistics = rows.statistics()
-    scene_mean = [round(x, 5) for x in statistics["scene_mean"].tolist()]
-    config = sdit.make_config(
-        size,
-        frames,
-        prediction=prediction,
-        scene_mean=scene_mean,
-        **{k: rows.about[k] for k in passed},
-    )
-    model = sdit.SDiT(config)
-    for name, value in statistics.items():
-        getattr(model.mapping, name).copy_(value)
-    return model
-
-
-def build_optimizer(model, lr, mapping_lr, weight_decay):
-    """AdamW with PyTorch's defaults (paper D: "default parameter values"), and a learning rate of
-    its own for the mapping network (paper 4.1: ten times smaller)."""
-    mapping = list(model.mapping.parameters())
-    rest = [p for name, p in model.named_parameters() if not name.startswith("mapping.")]
-    groups = [
-        dict(params=rest, lr=lr, initial=lr),
-        dict(params=mapping, lr=mapping_lr, initial=mapping_lr),
-    ]
-    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
-
-
-def learning_rate(step, steps, warmup):
-    """Factor of the learning rates: a linear warm-up, and cosine to 0 (paper silent on both)."""
-    return min(1, (step + 1) / max(1, warmup)) * (1 + math.cos(math.pi * step / steps)) / 2
-
-
-def shares(start, steps, batch, rank, world, accumulate):
-    """Row numbers that a rank loads, batch by batch: its share of every step's `batch` rows, in
-    `accumulate` parts."""
-    part = batch // world // accumulate
-    for step in range(start, steps):
-        for k in range(accumulate):
-            first = step * batch + (rank * accumulate + k) * part
-            yield list(range(first, first + part))
-
-
-class Preview:
-    """A picture of how far training is, RUN/preview-STEP.png: held-out clips as they are, and below
-    each what the average model makes of its source and landmarks."""
-
-    def __init__(self, rows, model_config, beside, device, precision):
-        self.bf16 = precision == "bf16"
-        batch = torch.utils.data.default_collate([rows[n] for n in range(min(4, len(rows)))])
-        self.batch = {name: x.to(device) for name, x in batch.items()}
-
-        path = data.find_weights(model_config.autoencoder, model_config.autoencoder_sha256, beside)
-        self.autoencoder = sdit.load_autoencoder(path, device)
-        g = torch.Generator().manual_seed(0)
-        self.noise = torch.randn(self.batch["latents"].shape, generator=g).to(device)
-
-    @torch.no_grad()
-    def __call__(self, model, path):
-        with torch.autocast(self.noise.device.type, torch.bfloat16, enabled=self.bf16):
-            conditions = [model.mapping(self.batch["scene"], self.batch["landmarks"])]
-            settings = sample.Settings(20, "ddim")
-            # (rows, T, C, H, W)
-            made = sample.sample_plain(model, self.noise, None, conditions, settings, None)
-
-        decode = self.autoencoder.decode
-        strips = [data.to_images(decode(z)) for z in (self.batch["latents"], made)]
-        picture = np.stack(strips, 1).swapaxes(2, 3)  # (rows, 2, h, T, w, 3)
-        rows, _, h, T, w, _ = picture.shape
-        with sdit.atomic(path) as temporary:
-            Image.fromarray(picture.reshape(rows * 2 * h, T * w, 3)).save(temporary)
-
-
-NOTHING_SAVED = "nothing was saved over; start again with a lower --lr and another --out"
-
-
-def build_preview(a, config, beside, device):
-    """A Preview, or None, with a word, where the cache's autoencoder is not there to decode."""
-    try:
-        rows = data.Rows(a.data, a.frames, a.seed, held_out=True)
-        return Preview(rows, config, beside, device, a.precision)
-    except UserError as e:
-        print(f"no previews: {e}")
-
-
-def arguments(world):
-    number, count = data.number, data.number(int, 1)
-    rate, share = number(float, 0), number(float, 0, 1)
-    ap = data.Parser(__doc__)
-    ap.add_argument(
-        "--size", default="XL/2", help="model size: S, B, L or XL with /2, /4 or /8; or demo"
-    )
-    ap.add_argument("--frames", type=count, default=8, help="T, frames of a row")
-    ap.add_argument(
-        "--data",
-        nargs="+",
-        default=["cache"],
-        metavar="CACHE[:SHARE]",
-        help="caches made by data.py; several with shares, as in a:0.9 b:0.1",
-    )
-    ap.add_argument("--out", type=Path, help="folder of the run (default: runs/SIZE-FRAMES)")
-    ap.add_argument(
-        "--init",
-        type=Path,
-        help="start from these weights: a model file of train.py, or DiT-XL-2-256x256.pt",
-    )
-    ap.add_argument(
-        "--prediction",
-        choices=("epsilon", "v"),
-        default="epsilon",
-        help="what the network predicts; v learns faster in short trainings",
-    )
-    ap.add_argument("--steps", type=count, default=1_000_000, help="of the whole run")
-    ap.add_argument("--batch", type=count, default=16, help="rows a step, over all processes")
-    ap.add_argument(
-        "--accumulate",
-        type=count,
-        default=1,
-        help="parts in which a process works through its rows, to save memory",
-    )
-    ap.add_argument("--lr", type=rate, default=6.4e-5, help="largest learning rate; cosine to 0")
-    ap.add_argument(
-        "--mapping-lr", type=rate, help="the mapping network's (default: a tenth of --lr)"
-    )
-    ap.add_argument(
-        "--warmup",
-        type=data.number(int, 0),
-        default=0,
-        metavar="STEPS",
-        help="linear warm-up of both learning rates",
-    )
-    ap.add_argument("--weight-decay", type=rate, default=0.01, help="PyTorch's default; DiT has 0")
-    ap.add_argument("--lambda-ex", type=rate, default=1.0, help="extra weight of lips and eyes")
-    ap.add_argument(
-        "--drop", type=share, default=0.1, help="probability that a row loses scene and landmarks"
-    )
-    ap.add_argument(
-        "--ema",
-        type=share,
-        default=0.9999,
-        help="decay of the weight average (less in the first steps)",
-    )
-    ap.add_argument(
-        "--precision",
-        choices=("bf16", "fp32"),
-        help="of the matrix products (default: bf16 where the device has it); weights stay float32",
-    )
-    ap.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="torch.compile the blocks: a minute of waiting, then faster steps (default: on a GPU)",
-    )
-    ap.add_argument(
-        "--workers",
-        type=number(int, 0, 256),
-        help="processes that load rows (default: 4 with a GPU, else 0)",
-    )
-    ap.add_argument(
-        "--log-every",
-        type=count,
-        default=50,
-        help="steps between log lines (torchrun takes --log for its own)",
-    )
-    ap.add_argument(
-        "--save-minutes",
-        type=number(float, 0),
-        default=15,
-        help="minutes between states; 0: after every step",
-    )
-    ap.add_argument(
-        "--preview",
-        type=number(int, 0),
-        default=2000,
-        help="steps between pictures of held-out clips, RUN/preview-STEP.png; 0 for none",
-    )
-    ap.add_argument(
-        "--seed", type=number(int, 0, 2**31), default=0, help="of weights, rows and noise"
-    )
-    a = ap.parse_args()
-    a.mapping_lr = a.lr / 10 if a.mapping_lr is None else a.mapping_lr
-    a.out = a.out or Path("runs") / f"{a.size.replace('/', '-')}-{a.frames}"
-    if a.batch % (world * a.accumulate):
-        raise UserError(
-            f"--batch {a.batch} does not divide into {world} processes of {a.accumulate} parts; give a multiple of {world * a.accumulate}"
-        )
-    if a.init and a.init.resolve() == (a.out / "model.safetensors").resolve():
-        raise UserError(f"{a.init} would be written over; name another --out")
-    return a
-
-
-def init_weights(model, path):
-    """Start training of `model` from a file: a model file of ours (all weights), or a checkpoint of
-    DiT trained on images (DiT-XL-2-256x256.pt): those are the transformer's weights; the mapping
-    network, which DiT lacks, starts from scratch, and DiT's class embedding is left out."""
-    tensors, config = sdit.read_tensors(path)
-    prediction = config.get("prediction", "epsilon")
-    if prediction != model.config.prediction:
-        raise UserError(f"{path} predicts {prediction}; give --prediction {prediction}")
-
-    if not config:
-        tensors = {
-            k: v
-            for k, v in tensors.items()
-            if k not in ("pos_embed", "y_embedder.embedding_table.weight")
-        }
-        tensors |= {k: v for k, v in model.state_dict().items() if k.startswith("mapping.")}
-        print(
-            f"{path}: weights of an image model without our metadata, taken as DiT's; those are licensed CC BY-NC 4.0, not for commercial use, "
-            f"and so is what is trained from them"
-        )
-    for part in ("autoencoder", "clip"):
-        if config and config.get(f"{part}_sha256") != getattr(model.config, f"{part}_sha256"):
-            print(
-                f"note: {path} was trained with another {part} ({config.get(part)}) than this cache was made with ({getattr(model.config, part)})"
-            )
-    sdit.fill(model, tensors, path)
-
-
-def next_rows(loader):
-    """The next batch; UserError where the system killed a process that loads rows."""
-    try:
-        return next(loader)
-    except UserError as e:  # of the other process, with its traceback
-        raise UserError(str(e).strip().splitlines()[-1].removeprefix("sdit.UserError: ")) from None
-    except RuntimeError as e:
-        if "DataLoader worker" not in str(e) or "Traceback" in str(e):
-            raise
-        raise UserError(
-            "the system killed a process that loads rows, for lack of memory perhaps; the same command goes on, with fewer --workers"
-        ) from None
-
-
-def report(log, bar, entry):
-    """One log line: the bar's text, and the same as JSON in RUN/log.jsonl.
-
-    mse: of what is predicted, weighted as in the loss, of all t and by quarters of t."""
-    log.write(json.dumps(entry) + "\n")
-    log.flush()
-    e, days = entry, entry["eta_s"] / 86400
-    left = (
-        f"{days:,.0f} days"
-        if days > 30
-        else f"{int(days)}d {time.strftime('%H:%M:%S', time.gmtime(entry['eta_s'] % 86400))}"
-    )
-    bar.write(
-        f"step {e['step']} mse {e['mse']:.4f} by t {'/'.join(f'{q:.3f}' for q in e['quarters'])} bound {e['bound']:.4f} lr {e['lr']:.1e} "
-        f"norm {e['norm']:.2f} {e['rows_per_s']:.1f} rows/s {e['tflops']:.3g} TFLOP/s {e['mfu']:.0%} of peak {e['memory_gib']:.1f} GiB "
-        f"{left} left"
-    )
-
-
 def main():
-    a = arguments(int(os.environ.get("WORLD_SIZE", 1)))
+    a = arguments()
     rows = data.Rows(a.data, a.frames, a.seed)
-    with (
-        data.owned(a.out / "run")
-        if os.environ.get("RANK", "0") == "0"
-        else contextlib.nullcontext()
-    ):
+    with data.owned(a.out / "run") if a.rank == 0 else contextlib.nullcontext():
         train(a, rows)
-
-
-def train(a, rows):
-    rank, world, device = start_processes()
-    part = a.batch // world // a.accumulate  # rows of one forward pass
-    a.precision = a.precision or ("bf16" if sdit.has_bf16(device.type) else "fp32")
-    bf16 = a.precision == "bf16"
-    torch.manual_seed(a.seed)
-
-    # the model, its average and the optimiser: new, or from the newest state
-    model = build_model(rows, a.size, a.frames, a.prediction)
-    if a.init and not states(a.out):
-        init_weights(model, a.init)
-    model.to(device)
-    if world > 1:
-        for buffer in model.buffers():  # another processor may turn the components around
-            dist.broadcast(buffer, 0)
-    ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = build_optimizer(model, a.lr, a.mapping_lr, a.weight_decay)
-    a.out.mkdir(parents=True, exist_ok=True)
-    recipe = {k: getattr(a, k) for k in RECIPE}
-    start = load_state(a.out, model, ema, optimizer, recipe)
-    if start >= a.steps:
-        return print(f"{a.out} is finished: {start} steps")
-
-    peak = device_peak(device, torch.bfloat16 if bf16 else torch.float32)
-    flops = row_flops(model.config)
-    preview = None
-    if a.preview and rank == 0:
-        preview = build_preview(a, model.config, rows.folder / "index.json", device)
-    objective = wrap(model, NoiseSchedule(device), a, world)
-    if rank == 0:
-        mapping, count = (
-            sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.mapping, model)
-        )
-        print(
-            f"{a.size}, {a.frames} frames: {count:.1f} M parameters ({mapping:.1f} M of them mapping); "
-            f"{len(rows)} clips; {world} x {device.type}, {a.precision}, peak {peak:.3g} TFLOP/s; "
-            f"from step {start}"
-        )
-
-    stop = []  # filled by Ctrl-C and SIGTERM
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: stop.append(signal.Signals(number).name))
-    cuda = device.type == "cuda"
-    loader = iter(
-        DataLoader(
-            rows,
-            batch_sampler=shares(start, a.steps, a.batch, rank, world, a.accumulate),
-            num_workers=4 * cuda if a.workers is None else a.workers,
-            pin_memory=cuda,
-            worker_init_fn=data.end_with_parent,
-        )
-    )
-    c = model.config
-    shape = (a.batch, a.frames, c.latent_channels, c.latent_size, c.latent_size)
-    log = open(a.out / "log.jsonl", "a") if rank == 0 else None
-    bar = tqdm(
-        range(start, a.steps),
-        initial=start,
-        total=a.steps,
-        unit="step",
-        dynamic_ncols=True,
-        disable=rank > 0,
-    )
-    meter, logged, saved = Meter(device), start, time.monotonic()
-
-    with Saver(a.out) as saver:
-        for step in bar:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial"] * learning_rate(step, a.steps, a.warmup)
-            drawn = draw(a.seed, step, shape, a.drop)
-
-            # gradients of all parts; the processes average theirs with the last one
-            optimizer.zero_grad(set_to_none=True)
-            for k in range(a.accumulate):
-                batch = {name: data.send(x, device) for name, x in next_rows(loader).items()}
-                first = (rank * a.accumulate + k) * part
-                t, noise, drop = (data.send(x[first : first + part], device) for x in drawn)
-                alone = world > 1 and k + 1 < a.accumulate
-                with objective.no_sync() if alone else contextlib.nullcontext():
-                    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                        error, bound = objective(batch, t, noise, drop)
-                    ((error + bound).mean() / a.accumulate).backward()
-                meter.add(step + 1, t, error, bound)
-
-            # what several processes must agree on, they ask each other every ten steps
-            last, logging = step + 1 == a.steps, (step + 1) % a.log_every == 0
-            due = time.monotonic() - saved >= a.save_minutes * 60 and not saver.busy
-            saving = last or a.save_minutes == 0
-            asking = logging or saving or ((step + 1) % 10 == 0 if world > 1 else stop or due)
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients).item() if asking else None
-
-            optimizer.step()
-            decay = min(a.ema, (1 + step) / (10 + step))  # follows closely at first
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-
-            if preview and (step + 1) % a.preview == 0:
-                with meter.pause():
-                    preview(ema, a.out / f"preview-{step + 1:08d}.png")
-            if not asking:
-                continue
-
-            due = due and rank == 0  # whose clock is everyone's
-            mse, bound, quarters, bad, stopping, due = meter.read(bool(stop), due, clear=logging)
-            if bad is not None or not math.isfinite(norm):
-                raise UserError(
-                    f"the loss or its gradient was not finite at step {bad or step + 1}; "
-                    f"{NOTHING_SAVED}"
-                )
-            if (logging or stopping) and rank == 0 and step + 1 > logged:
-                speed = (step + 1 - logged) * a.batch / meter.lap()
-                entry = dict(step=step + 1, mse=mse, bound=bound, quarters=quarters, norm=norm)
-                entry |= dict(lr=optimizer.param_groups[0]["lr"], rows_per_s=speed)
-                entry |= dict(tflops=speed * flops / 1e12, mfu=speed * flops / 1e12 / peak / world)
-                entry |= dict(memory_gib=data.peak_memory(device.type))
-                report(log, bar, entry | dict(eta_s=(a.steps - step - 1) * a.batch / speed))
-                logged = step + 1
-            saver.check()
-            if saving or due or stopping:
-                saved = time.monotonic()
-                if rank == 0:
-                    with meter.pause():
-                        saver.save(step + 1, model, ema, optimizer, recipe)
-            if stopping and not last:
-                break
-        bar.close()
-
-    if stopping and not last and rank == 0:
-        print(
-            f"stopped by {(stop or ['another process'])[0]}; saved after step {step + 1}; "
-            f"the same command goes on"
-        )
-    if world > 1:
-        dist.barrier()  # rank 0 may still be writing
-        dist.destroy_process_group()
-
-
-def wrap(model, schedule, a, world):
-    """The objective to train: its blocks compiled, its gradients averaged over the processes."""
-    cuda = schedule.beta.is_cuda
-    if cuda if a.compile is None else a.compile:
-        # one graph a block; else it would be cut in three
-        torch._dynamo.config.optimize_ddp = False
-        for block in model.blocks:  # one compilation serves all blocks
-            block.compile()
-    objective = Objective(model, schedule, a.lambda_ex)
-    if world == 1:
-        return objective
-    # older PyTorch has no other name for it
-    warnings.filterwarnings("ignore", "`broadcast_buffers`")
-    return DistributedDataParallel(objective, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 if __name__ == "__main__":

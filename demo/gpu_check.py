@@ -144,8 +144,8 @@ def training(bench, frames, compiled):
     with device:
         model, ema = (sdit.SDiT(sdit.make_config(a.size, frames)) for _ in range(2))
     optimizer, meter = train.build_optimizer(model, 1e-4, 1e-5, 0.01), train.Meter(device)
-    a.compile, a.lambda_ex = compiled, 1.0
-    objective = train.wrap(model, sdit.NoiseSchedule(device), a, 1)
+    a.compile, a.lambda_ex, a.world = compiled, 1.0, 1
+    objective = train.build_objective(model, sdit.NoiseSchedule(device), a)
     c = model.config
     shape = (a.rows, frames, c.latent_channels, c.latent_size, c.latent_size)
     batch = dict(
@@ -159,14 +159,13 @@ def training(bench, frames, compiled):
     def step(n):
         optimizer.zero_grad(set_to_none=True)
         given = {name: data.send(x, device) for name, x in batch.items()}
-        t, noise, drop = (data.send(x, device) for x in train.draw(0, n, shape, 0.1))
+        t, noise, drop = (data.send(x, device) for x in train.sample_noise(0, n, shape, 0.1))
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             error, bound = objective(given, t, noise, drop)
         (error + bound).mean().backward()
         meter.add(n, t, error, bound)
         optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1e-4)
+        train.update_ema(ema, model, n, 0.9999)
 
     began = time.monotonic()
     for n in range(3 if bench.cuda else 1):

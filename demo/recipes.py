@@ -84,7 +84,7 @@ def train_variant(v, cache, minutes, seed=0):
     began, step, progress = time.process_time(), 0, 0.0
     while progress < 1:
         drawn = torch.utils.data.default_collate([rows[step * v.batch + i] for i in range(v.batch)])
-        t, noise, drop = train.draw(seed, step, shape, 0.1)
+        t, noise, drop = train.sample_noise(seed, step, shape, 0.1)
         with torch.autocast("cpu", torch.bfloat16, enabled=sdit.has_bf16("cpu")):
             error, bound = train.diffusion_loss(model, schedule, drawn, t, noise, drop)
         (error + bound).mean().backward()
@@ -95,9 +95,7 @@ def train_variant(v, cache, minutes, seed=0):
                 group["lr"] = group["initial"] * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            decay = min(v.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        train.update_ema(ema, model, step, v.ema)
         step += 1
         progress = (time.process_time() - began) / 60 / minutes
     return errors(ema, batch, schedule), step * v.batch, sum(p.numel() for p in model.parameters()) / 1e6

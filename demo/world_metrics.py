@@ -1,4 +1,4 @@
-"""How good a model of the demo world is, beside the truth: any face can be rendered with any motion.
+"""How good a model of the demo world is, beside the truth: any face is rendered with any motion.
 
     python demo/world_metrics.py                       # the bundled model, 50 clips of 24 frames
     python demo/world_metrics.py --n 8 --sheet sheet.png --held-out
@@ -7,12 +7,11 @@
     python demo/world_metrics.py --task real --clips FOLDER       # photographs and videos of people
 
 Cross-identity: a picture of one unseen face, a driving video of another, from seeds that nothing is
-trained on. Every figure stands beside two ceilings measured the same way: the true rendering, and the
-true rendering through the autoencoder. Errors of colours are distances in CIELAB. The last line is
-JSON.
+trained on. Every figure stands beside two ceilings measured the same way: the true rendering, and
+the true rendering through the autoencoder. Errors of colours are distances in CIELAB. The last line
+is JSON.
 """
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -35,17 +34,21 @@ import data
 import sample
 import sdit
 from evaluate import (
+    Case,
     correlation,
     find_landmarks,
+    has_face,
     laid_onto,
     lmse,
     motions,
+    motions_of_both,
     psnr,
-    reenact,
+    sample_images,
     sample_latents,
     similarity,
     ssim,
 )
+from experiments import picture_grid
 
 UNSEEN = 1_000_000  # seeds from here on are never trained on
 RENDER = 144  # pixels of rendered frames, as in demo/build.py
@@ -81,8 +84,8 @@ def cheek_mask(points, size):
 def regions(face, motion, square, true):
     """The pixels that show hair, shirt and background: a dict of masks (h, h) bool for each frame.
 
-    They are found by rendering the face once more with another colour: what changes with it fully is
-    the region. `true` (M, h, h, 3) is the rendering, cut out by `square`."""
+    They are found by rendering the face once more with another colour: what changes with it fully
+    is the region. `true` (M, h, h, 3) is the rendering, cut out by `square`."""
     masks = [{} for _ in true]
     for part, table in COLOURS.items():
         other = max(
@@ -100,7 +103,7 @@ def regions(face, motion, square, true):
 def nearest_colour(rgb, table):
     """The name of the colour of `table` that is nearest to rgb (3,) in 0..1, whatever the light.
 
-    Light shades a colour; white, grey and black differ in nothing else, so they may be shaded less."""
+    Light shades a colour; white, grey and black differ in nothing else, so they are shaded less."""
 
     def distance(name):
         colour = np.array(table[name])
@@ -130,7 +133,7 @@ def shown_colour(images, masks, part):
 
 
 def colour_scores(images, true, masks, face):
-    """For each part of a clip: is the colour the named one, how far from the truth's, how steady."""
+    """For each part of a clip: is the colour the named one, how far from the truth, how steady."""
     scores = {}
     for part in (*COLOURS, "skin"):
         found, expected = medians(images, masks, part), medians(true, masks, part)
@@ -234,28 +237,26 @@ class Probes:
 # What a result should be
 
 
-@dataclasses.dataclass
-class Case:
-    """A person, somebody else's movements, and what the result should be. Crops are uint8."""
+@dataclasses.dataclass(kw_only=True)
+class RenderedCase(Case):
+    """A person, somebody else's movements, and all that says what the result should be."""
 
     face: dict
     motion: dict
-    tracked: data.Track  # of the driving video
-    driving: np.ndarray  # (M, size, size, 3)
-    source: np.ndarray  # (size, size, 3)
-    shape: np.ndarray  # (478, 3) landmarks of the source
+    square: tuple  # (x, y, side) of the driving video
+    shape: np.ndarray = None  # (478, 3) landmarks of the source
     painter: int = None  # the seed of a painter who redraws source and truth
 
-    def truth(self, size, face=None):
-        """(M, size, size, 3): the person, or another `face`, with the driving movements."""
-        return render_crops(face or self.face, self.motion, self.tracked.square, size, self.painter)
+    def render(self, size, face=None):
+        """The truth (M, size, size, 3): the person, or another `face`, moving like the driver."""
+        return render_crops(face or self.face, self.motion, self.square, size, self.painter)
 
     def masks(self, true, landmarker, face=None):
         """Masks of hair, shirt, background and cheeks, a dict for each frame of the truth. A
         painting has none: its colours have no names."""
         if self.painter is not None:
             return [{} for _ in true]
-        masks = regions(face or self.face, self.motion, self.tracked.square, true)
+        masks = regions(face or self.face, self.motion, self.square, true)
         for mask, points in zip(masks, find_landmarks(landmarker, true)):
             if not np.isnan(points).any():
                 mask["skin"] = cheek_mask(points, len(true[0]))
@@ -273,8 +274,8 @@ def render_crops(face, motion, square, size, painter=None):
 
 
 def sample_faces(seed, held_out):
-    """(source, driver, motion, moment of the source) of an unseen seed. The source has hair: its
-    colour must be there to be seen."""
+    """(source, driver, random generator) of an unseen seed. The source has hair: its colour must be
+    there to be seen."""
     rng = np.random.default_rng(UNSEEN + seed)
     person, driver = world.sample_face(rng, held_out), world.sample_face(rng)
     while person["style"] == "no":
@@ -287,14 +288,23 @@ def make_case(seed, a, models):
     motion, still = world.sample_motion(rng, a.frames), world.sample_motion(rng, 1)
     painter = UNSEEN + seed if a.painted else None
 
-    driving = world.render_clip(driver, motion, RENDER)
-    tracked = data.track(driving, models.landmarker, f"driving case {seed}")
-    driving = np.stack([data.crop(frame, tracked.square, models.size) for frame in driving])
+    video = world.render_clip(driver, motion, RENDER)
+    tracked = data.track(video, models.landmarker, f"driving case {seed}")
+    driving = np.stack([data.crop(frame, tracked.square, models.size) for frame in video])
 
     picture = world.render_clip(person, still, RENDER)
     of_source = data.track(picture, models.landmarker, f"source case {seed}")
     source = data.crop(redrawn(picture, painter)[0], of_source.square, models.size)
-    return Case(person, motion, tracked, driving, source, of_source.landmarks[0], painter)
+    return RenderedCase(
+        source,
+        driving,
+        tracked.landmarks,
+        face=person,
+        motion=motion,
+        square=tracked.square,
+        shape=of_source.landmarks[0],
+        painter=painter,
+    )
 
 
 @torch.no_grad()
@@ -314,13 +324,12 @@ def decode(models, latents):
 
 def score(images, true, masks, case, models):
     """All figures of one clip of images (M, h, h, 3) beside the true one."""
-    landmarks, driving = find_landmarks(models.landmarker, images), case.tracked.landmarks
-    seen = ~np.isnan(landmarks[:, 0, 0])
-    scores = dict(found=float(seen.mean()))
-    if seen.sum() > 2:
-        here, there = motions(landmarks[seen]), motions(driving[seen])
+    landmarks = find_landmarks(models.landmarker, images)
+    scores = dict(found=float(has_face(landmarks).mean()))
+    frames, here, there = motions_of_both(landmarks, case.landmarks)
+    if frames > 2:
         scores |= {name: correlation(here[name], there[name]) for name in here}
-        scores["expressive_lmse"] = lmse(landmarks, driving, data.EXPRESSIVE)
+        scores["expressive_lmse"] = lmse(landmarks, case.landmarks, data.EXPRESSIVE)
 
     scores |= colour_scores(images, true, masks, case.face)
     a, b = data.to_tensor(images), data.to_tensor(true)
@@ -330,28 +339,26 @@ def score(images, true, masks, case, models):
 def reenact_case(seed, a, models):
     """Generated, with each number of steps, true through the autoencoder, and true."""
     case = make_case(seed, a, models)
-    true = case.truth(models.size)
+    true = case.render(models.size)
     masks = case.masks(true, models.landmarker)
 
-    latents = {
-        f"{steps} steps": sample_latents(
-            models, case.source, case.tracked.landmarks, settings(a, seed, steps=steps)
-        )
-        for steps in a.steps
-    }
+    latents = {}
+    for steps in a.steps:
+        chosen = settings(a, seed, steps=steps)
+        latents[f"{steps} steps"] = sample_latents(models, case.source, case.landmarks, chosen)
     latents["autoencoder"] = encode(models, true)
     videos = {name: decode(models, z) for name, z in latents.items()} | {"true": true}
     scores = {name: score(images, true, masks, case, models) for name, images in videos.items()}
     if a.probes:
         for name, z in latents.items():
-            scores[name] |= a.probes.scores(z, case.tracked.landmarks, case.motion, case.face)
+            scores[name] |= a.probes.scores(z, case.landmarks, case.motion, case.face)
     return scores, sheet_row(case.source, case.driving, true, videos[f"{a.steps[-1]} steps"])
 
 
 def text_case(seed, a, models):
     """The person by a sentence, in combinations of colours that no training saw (paper 4.4)."""
     case = make_case(seed, a, models)
-    true = case.truth(models.size)
+    true = case.render(models.size)
     masks = case.masks(true, models.landmarker)
     with torch.no_grad():
         scenes = {
@@ -367,7 +374,7 @@ def text_case(seed, a, models):
 def reenact_scenes(models, case, scenes, sampling):
     """{name: images} of scene vectors, {name: (1, S)}."""
     return {
-        name: reenact(models, None, case.tracked.landmarks, sampling, scene=scene)
+        name: sample_images(models, None, case.landmarks, sampling, scene=scene)
         for name, scene in scenes.items()
     }
 
@@ -388,7 +395,7 @@ def edit_case(seed, a, models):
         }
 
     videos = reenact_scenes(models, case, scenes, settings(a, seed))
-    videos["true"] = case.truth(models.size, new)
+    videos["true"] = case.render(models.size, new)
     masks = case.masks(videos["true"], models.landmarker, new)
     seen = {
         name: {c: shown_colour(images, masks, c) for c in COLOURS}
@@ -406,37 +413,36 @@ def edit_case(seed, a, models):
 
 
 def retarget_case(seed, a, models):
-    """Raw and retargeted landmarks: how near is the generated face's shape to the source's, and does
-    it still follow the driver? All in pixels of 256, root mean square, laid on by rigid points.
+    """Raw and retargeted landmarks: how near is the generated face's shape to the source's, and
+    does it follow the driver? All in pixels of 256, root mean square, laid on by rigid points.
 
-    `shape`: the neutral frame's landmarks from the source's. `asked`: the same of the landmarks that
-    the model was given. `mean_shape`: from the true rendering's, averaged over the clip first, which
-    quiets the noise of single frames."""
+    `shape`: the neutral frame's landmarks from the source's. `asked`: the same of the landmarks
+    that the model was given. `mean_shape`: from the true rendering's, averaged over the clip first,
+    which quiets the noise of single frames."""
     case = make_case(seed, a, models)
-    driving = case.tracked.landmarks
+    driving = case.landmarks
     neutral = sample.neutral_frame(driving)
     given = {"raw": driving, "retargeted": sample.retargeted(driving, case.shape)}
     videos = {
-        name: reenact(models, case.source, points, settings(a, seed))
+        name: sample_images(models, case.source, points, settings(a, seed))
         for name, points in given.items()
     }
-    true = case.truth(models.size)
+    true = case.render(models.size)
     expected = find_landmarks(models.landmarker, true)
 
     scores = {}
     for name, images in (videos | {"true": true}).items():
         found = find_landmarks(models.landmarker, images)
-        seen = ~np.isnan(found[:, 0, 0])
-        scores[name] = dict(found=float(seen.mean()))
+        scores[name] = dict(found=float(has_face(found).mean()))
         apart = laid_onto(found, expected) - expected  # (M, 478, 3)
         if not np.isnan(apart).all():
             scores[name]["mean_shape"] = 256 * math.sqrt((np.nanmean(apart, 0) ** 2).mean())
-        if seen[neutral]:
+        if has_face(found)[neutral]:
             scores[name]["shape"] = shape_distance(found[neutral], case.shape)
         if name in given:
             scores[name]["asked"] = shape_distance(given[name][neutral], case.shape)
-        if seen.sum() > 3:
-            here, there = motions(found[seen]), motions(driving[seen])
+        frames, here, there = motions_of_both(found, driving)
+        if frames > 3:
             scores[name] |= {m: correlation(here[m], there[m]) for m in ("yaw", "mouth")}
     return scores, sheet_row(case.source, case.driving, true, videos["retargeted"])
 
@@ -454,10 +460,9 @@ def settings(a, seed, **rest):
 def sheet_row(source, *videos):
     """A picture: the source, and below each other eight frames of each video."""
     shown = np.linspace(0, len(videos[0]) - 1, 8).astype(int)
-    left = [source] + [np.full_like(source, 255)] * (len(videos) - 1)
-    return np.concatenate(
-        [np.concatenate([first, *video[shown]], 1) for first, video in zip(left, videos)]
-    )
+    left = [source] + [None] * (len(videos) - 1)
+    rows = [[first, *video[shown]] for first, video in zip(left, videos)]
+    return picture_grid(rows, len(source))
 
 
 CASES = dict(reenact=reenact_case, text=text_case, edit=edit_case, retarget=retarget_case)
@@ -509,22 +514,21 @@ def measure_controls(a, size=128):
     for seed in tqdm(range(a.n), "people", disable=None):
         rng = np.random.default_rng(UNSEEN + seed)
         face, motion = world.sample_face(rng), world.sample_motion(rng, 48, fps=8)
-        for i in np.linspace(0, 47, a.frames + 2)[1:-1].astype(int):
-            moment = {name: float(values[i]) for name, values in motion.items()}
-            points = landmarker.landmarks(world.render(face, moment, size))
-            landmarks.append(
-                np.full((sdit.LANDMARKS, 3), np.nan) if points is None else points / size
-            )
-            controls.append(moment)
-            people.append(seed)
-    landmarks, people = np.stack(landmarks), np.array(people)
+        chosen = np.linspace(0, 47, a.frames + 2)[1:-1].astype(int)
+        moments = {name: values[chosen] for name, values in motion.items()}
+        images = world.render_clip(face, moments, size)
+        landmarks.append(find_landmarks(landmarker, images, size))
+        controls.append(np.stack([moments[name] for name in world.CONTROLS], 1))
+        people += [seed] * a.frames
+    landmarks, people = np.concatenate(landmarks), np.array(people)
 
-    found = ~np.isnan(landmarks[:, 0, 0])
+    found = has_face(landmarks)
     print(f"faces found: {found.sum()} of {len(found)} frames, {found.mean():.2%}")
     if missed := sorted(set(people[~found].tolist())):
         print(f"missed in the cases {missed}")
     landmarks, people = landmarks[found], people[found]
-    controls = {name: np.array([c[name] for c in controls])[found] for name in world.CONTROLS}
+    targets = np.concatenate(controls)[found]  # (frames, controls)
+    controls = dict(zip(world.CONTROLS, targets.T))
 
     simple = {
         FOLLOWS[name]: abs(within(values, controls[FOLLOWS[name]], people))
@@ -534,7 +538,6 @@ def measure_controls(a, size=128):
     reference = np.repeat(landmarks.mean(0)[None], len(landmarks), 0)
     aligned = laid_onto(landmarks, reference).reshape(len(landmarks), -1)
     fitted = people < 0.6 * a.n
-    targets = np.stack([*controls.values()], 1)
     read = Ridge(aligned[fitted], targets[fitted], strength=0.03)(aligned[~fitted])
     held_out = {
         name: correlation(read[:, k], targets[~fitted, k]) for k, name in enumerate(controls)
@@ -563,9 +566,9 @@ NEAR = dict(cheek=15, hair=25, background=25)  # distances in CIELAB that are st
 
 
 def photograph_masks(points, size):
-    """Where a picture shows cheeks, hair and background: masks (size, size) of landmarks (478, 3) in
-    0..1. Hair: a band above the forehead, of which the mesh leaves out the upper seventh. Background:
-    the upper margins, left and right of the head."""
+    """Where a picture shows cheeks, hair and background: masks (size, size) of landmarks (478, 3)
+    in 0..1. Hair: a band above the forehead, of which the mesh leaves out the upper seventh.
+    Background: the upper margins, left and right of the head."""
     (left, top), (right, bottom) = points[:, :2].min(0), points[:, :2].max(0)
     width, height = right - left, bottom - top
     y, x = (np.mgrid[:size, :size] + 0.5) / size
@@ -604,13 +607,13 @@ def read_portrait(path, models, frames):
 
 
 def compare_portrait(images, source, landmarks, landmarker):
-    """Distances in CIELAB of a result (M, h, h, 3): of its median colours from the photograph's, and
-    the largest of one frame's from the clip's. Where no face is found, the driver's landmarks say
-    where to look."""
+    """Distances in CIELAB of a result (M, h, h, 3): of its median colours from the photograph's,
+    and the largest of one frame's from the clip's. Where no face is found, the driver's landmarks
+    say where to look."""
     found = find_landmarks(landmarker, images)
     points = np.where(np.isnan(found), landmarks, found)
     masks = [photograph_masks(p, len(images[0])) for p in points]
-    figures = dict(found=float((~np.isnan(found[:, 0, 0])).mean()))
+    figures = dict(found=float(has_face(found).mean()))
     for part in NEAR:
         frames = medians(images, masks, part)
         if len(frames) and len(source.colours[part]):
@@ -621,7 +624,7 @@ def compare_portrait(images, source, landmarks, landmarker):
 
 
 def measure_real(a):
-    """Every pair of a source and another driver of `--clips`; fractions of the pairs that are near."""
+    """Every pair of a source and another driver of `--clips`; fractions of pairs that are near."""
     models, portraits = sample.load_models(a.model), []
     for path in data.list_files(a.clips, data.PICTURES | data.VIDEOS):
         try:
@@ -637,7 +640,7 @@ def measure_real(a):
     found, shown = [], {}
     print(f"{'source':14}{'driver':14}" + "".join(f"{name:>18}" for name in names))
     for source, driver in pairs[: a.n]:
-        images = reenact(models, source.crop, driver.landmarks, settings(a, 0))
+        images = sample_images(models, source.crop, driver.landmarks, settings(a, 0))
         figures = compare_portrait(images, source, driver.landmarks, models.landmarker)
         found.append(figures)
         shown[source.path, driver.path] = images[len(images) // 2]
@@ -654,11 +657,9 @@ def measure_real(a):
             f"median {np.median(values) if len(values) else math.nan:.1f}"
         )
     if a.sheet:
-        blank = np.full_like(portraits[0].crop, 255)
-        rows = [[blank, *(driver.driving for driver in drivers)]]
-        for p in portraits:
-            rows.append([p.crop, *(shown.get((p.path, d.path), blank) for d in drivers)])
-        Image.fromarray(np.concatenate([np.concatenate(row, 1) for row in rows])).save(a.sheet)
+        rows = [[None, *(driver.driving for driver in drivers)]]
+        rows += [[p.crop, *(shown.get((p.path, d.path)) for d in drivers)] for p in portraits]
+        Image.fromarray(picture_grid(rows, models.size)).save(a.sheet)
     faces = float(np.mean([figures["found"] for figures in found]))
     return dict(pairs=len(found), found=faces, near=near, model=models.sha256[:16])
 
@@ -671,46 +672,33 @@ DEFAULTS = dict(controls=(300, 3), real=(None, 8))
 
 
 def arguments():
-    ap = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ap, default = data.Parser(__doc__), sample.Settings
+    add, count, steps = (
+        ap.add_argument,
+        data.number(int, 1),
+        data.number(int, 1, sdit.NoiseSchedule.steps),
     )
-    ap.add_argument("--task", choices=list(TASKS), default="reenact")
-    ap.add_argument("--model", type=Path, default=DEMO / "sdit.safetensors")
-    ap.add_argument(
-        "--n", type=int, help="clips, people or pairs (default: 50; controls: 300; real: all pairs)"
+    add("--task", choices=list(TASKS), default="reenact")
+    add("--model", type=Path, default=DEMO / "sdit.safetensors")
+    add("--n", type=count, help="clips, people or pairs (default: 50; controls: 300; real: all)")
+    add("--frames", type=count, help="of each (default: 24; controls: 3; real: 8)")
+    several = "denoising steps; several are compared"
+    add("--steps", type=steps, nargs="+", default=[default.steps], help=several)
+    add("--sampler", default=default.sampler)
+    add("--guidance", type=data.number(float, -100, 100), default=default.guidance)
+    triples = "sources with the triples of colours that no training saw"
+    add("--held-out", action="store_true", help=triples)
+    painted = "sources, and so the truth, redrawn as paintings"
+    add("--painted", action="store_true", help=painted)
+    people = "people to fit the probes on; 0: none"
+    add("--probes", type=data.number(int, 0), default=400, help=people)
+    add("--weight", type=data.number(float, -100, 100), default=1.0, help="of --task edit")
+    add("--clips", type=Path, help="of --task real: folder of pictures and videos")
+    sheet = (
+        "picture of the first 8 cases: source and driving, true, generated; of --task real: one "
+        "row a source, one column a driver"
     )
-    ap.add_argument("--frames", type=int, help="of each (default: 24; controls: 3; real: 8)")
-    ap.add_argument(
-        "--steps",
-        type=int,
-        nargs="+",
-        default=[sample.Settings.steps],
-        help="denoising steps; several are compared",
-    )
-    ap.add_argument("--sampler", default=sample.Settings.sampler)
-    ap.add_argument("--guidance", type=float, default=sample.Settings.guidance)
-    ap.add_argument(
-        "--held-out",
-        action="store_true",
-        help="sources with the triples of colours that no training saw",
-    )
-    ap.add_argument(
-        "--painted", action="store_true", help="sources, and so the truth, redrawn as paintings"
-    )
-    ap.add_argument(
-        "--probes",
-        type=int,
-        default=400,
-        help="people to fit the probes on (default: 400; 0: none)",
-    )
-    ap.add_argument("--weight", type=float, default=1.0, help="of --task edit")
-    ap.add_argument("--clips", type=Path, help="folder of pictures and videos for --task real")
-    ap.add_argument(
-        "--sheet",
-        type=Path,
-        help="picture of the first 8 cases: source and driving, "
-        "true, generated; of --task real: one row a source, one column a driver",
-    )
+    add("--sheet", type=Path, help=sheet)
     a = ap.parse_args()
 
     if a.sheet and not a.sheet.absolute().parent.is_dir():

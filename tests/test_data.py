@@ -349,8 +349,9 @@ def records(cache):
     found = {}
     for path in cache.glob("clip-*"):
         with safetensors.safe_open(path, "pt") as f:
-            name = json.loads(f.metadata()["config"])["entry"]["file"]
-            found[name] = torch.cat([f.get_tensor(k).flatten() for k in ("latent", "scene")])
+            entry = json.loads(f.metadata()["config"])["entry"]
+            if "rejected" not in entry:
+                found[entry["file"]] = torch.cat([f.get_tensor(k).flatten() for k in ("latent", "scene")])
     return found
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 import data
 import evaluate
+import experiments
 import sdit
 from sdit import UserError
 
@@ -83,7 +84,7 @@ def test_clustering_indices_of_made_up_clusters():
     centres = [x[:2].mean(0), x[2:].mean(0)]
     spread = [np.linalg.norm(x[2 * i:2 * i + 2] - centres[i], axis=1) for i in (0, 1)]
     apart = np.linalg.norm(centres[0] - centres[1])
-    db, ch = evaluate.clustering(3 * x, y)                                      # vectors are made unit vectors
+    db, ch = experiments.clustering(3 * x, y)                                      # vectors are made unit vectors
     assert db == pytest.approx((spread[0].mean() + spread[1].mean()) / apart)
     between = sum(2 * np.sum((c - x.mean(0)) ** 2) for c in centres)
     assert ch == pytest.approx(between / (sum((s ** 2).sum() for s in spread) / 2))
@@ -94,7 +95,7 @@ def test_heads_learn_and_their_losses_are_as_published(kind):
     torch.manual_seed(0)
     y = torch.arange(4).repeat(50)
     x = torch.randn(4, 16)[y] + 0.1 * torch.randn(200, 16)
-    head = evaluate.Head(16, 4)
+    head = experiments.Head(16, 4)
     with torch.no_grad():
         h = head.hidden(x)
         logits = h @ head.classes.T
@@ -108,8 +109,8 @@ def test_heads_learn_and_their_losses_are_as_published(kind):
             cosine[range(200), y] = torch.cos(torch.acos(cosine[range(200), y]) + 0.5)
             expected = torch.nn.functional.cross_entropy(30 * cosine, y)
     assert head.loss(x, y, kind).item() == pytest.approx(expected.item(), rel=1e-4)
-    made = evaluate.train_head(x, y, kind, 0, epochs=60)(x).detach().numpy()
-    assert evaluate.clustering(made, y.numpy())[0] < evaluate.clustering(torch.randn(200, 16).numpy(), y.numpy())[0] / 5
+    made = experiments.train_head(x, y, kind, 0, epochs=60)(x).detach().numpy()
+    assert experiments.clustering(made, y.numpy())[0] < experiments.clustering(torch.randn(200, 16).numpy(), y.numpy())[0] / 5
 
 
 def test_hyperiqa_has_the_published_names_and_shapes():
@@ -136,10 +137,10 @@ def test_deal_gives_every_frame_one_place():
     for M in (1, 2, 5, 12, 24, 25):
         for T in (3, 4, 8):
             for how in ("strided", "contiguous", "random"):
-                rows, keep = evaluate.deal(M, T, how, seed=M)
+                rows, keep = experiments.deal_frames(M, T, how, seed=M)
                 assert sorted(rows[keep]) == list(range(M))
                 assert (np.diff(rows, axis=1) >= 0).all() and (rows[:, T // 2] == rows[0, T // 2]).all()
-    rows, keep = evaluate.deal(13, 4, "contiguous")
+    rows, keep = experiments.deal_frames(13, 4, "contiguous")
     assert rows[:, :2].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]] and rows[:, 3].tolist() == [9, 10, 11, 12]
 
 
@@ -177,7 +178,7 @@ def small_world(world, tmp_path_factory):
             write_video(out / "world" / folder / f"{i}.mp4", world.render_clip(face, motion, 128))
         Image.fromarray(world.render(a, {k: v[0] for k, v in motion.items()}, 128)).save(out / "world" / "pictures" / f"{i}.png")
         lines.append(dict(source=f"pictures/{i}.png", driving=f"clips/{i}.mp4", out=f"out/{i}.mp4"))
-    evaluate.write_pairs(out / "world" / "pairs.csv", lines)
+    experiments.write_pairs(out / "world" / "pairs.csv", lines)
     return out
 
 
@@ -241,17 +242,18 @@ def test_lmse_orders_qualities(small_world, tmp_path):
 
 
 def test_missing_and_wrong_weights(tmp_path):
-    nets = evaluate.load_nets(tmp_path)
-    assert all("fetch https://" in reason for reason in nets.values())
+    nets, missing = evaluate.load_nets(tmp_path)
+    assert not nets and set(missing) == {"inception", "i3d", "hyperiqa"}
+    assert all("fetch https://" in reason for reason in missing.values())
     (tmp_path / "koniq_pretrained.pkl").write_bytes(b"torn")
     with pytest.raises(UserError, match="not the published file"):
-        evaluate.find_weights("koniq_pretrained.pkl", tmp_path)
+        evaluate.find_network("koniq_pretrained.pkl", tmp_path)
 
 
 def test_report_and_pairs(small_world, tmp_path):
     code, _ = run(tmp_path, "pairs", small_world / "world" / "clips", small_world / "world" / "pictures", "--n", 2)
     assert code == 0 and len(evaluate.read_pairs(tmp_path / "pairs.csv")) == 2
-    assert all(Path(p).exists() for _, driving, source, _ in evaluate.read_pairs(tmp_path / "pairs.csv") for p in (driving, source))
+    assert all(Path(p).exists() for files in evaluate.read_pairs(tmp_path / "pairs.csv").values() for p in (files.driving, files.source))
     assert run(tmp_path, "report")[0] == 2
     (tmp_path / "cross.json").write_text(json.dumps(dict(name="cross", markdown="**A table**", picture=None, model="0" * 64)))
     assert run(tmp_path, "report")[0] == 0 and "**A table**" in (tmp_path / "report.md").read_text()
@@ -278,8 +280,8 @@ def test_denoisers_with_less_see_less(tmp_path):
 
     def errors(signals, landmarks, scene):
         row = dict(latents=draw(0, 1, 2, 4, 4), landmarks=draw(landmarks, 1, 478, 3), scene=draw(scene, 8), mask=torch.zeros(1, 4, 4))
-        return evaluate.denoising_errors(model, [row] * 2, signals, [100, 900], 0, 2)
-    for signals in evaluate.SIGNALS.values():
+        return experiments.denoising_errors(model, [row] * 2, signals, [100, 900], 0, 2)
+    for signals in experiments.SIGNALS.values():
         base = errors(signals, 1, 1)
         assert base.shape == (2, 2)
         assert (errors(signals, 2, 1) == base).all() == ("landmarks" not in signals)

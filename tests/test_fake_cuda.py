@@ -97,7 +97,7 @@ def test_training_step(cuda):
         objective = train.Objective(model, sdit.NoiseSchedule(cuda), 1.0)
 
         with Watch() as watch:
-            drawn = train.draw(0, 0, batch["latents"].shape, 0.1)
+            drawn = train.sample_noise(0, 0, batch["latents"].shape, 0.1)
             batch = {name: data.send(x, cuda) for name, x in batch.items()}
             t, noise, drop = (data.send(x, cuda) for x in drawn)
             with torch.autocast("cuda", torch.bfloat16):
@@ -106,8 +106,7 @@ def test_training_step(cuda):
                 p.grad = torch.empty_like(p)
             meter.add(1, t, error, bound)
             optimizer.step()
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 0.1)
+            train.update_ema(ema, model, 0, 0.9999)
 
         assert error.device == bound.device == cuda
         assert error.dtype == bound.dtype == torch.float32

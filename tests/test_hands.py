@@ -191,14 +191,14 @@ def test_torn_rows_and_records_are_made_again(tmp_path):
 
 def test_ctrl_c_saves_and_logs(cache, tmp_path, monkeypatch, capsys):  # noqa: F811
     run(cache, tmp_path / "whole", monkeypatch, "--save-minutes", "9", "--log-every", "9")
-    draw = train.draw
+    draw = train.sample_noise
 
     def interrupted(seed, step, *rest):
         if step == 1:
             os.kill(os.getpid(), signal.SIGINT)
         return draw(seed, step, *rest)
     with monkeypatch.context() as m:
-        m.setattr(train, "draw", interrupted)
+        m.setattr(train, "sample_noise", interrupted)
         run(cache, tmp_path / "parts", monkeypatch, "--save-minutes", "9", "--log-every", "9")
     assert "stopped by SIGINT; saved after step 2" in capsys.readouterr().out
     assert json.loads((tmp_path / "parts" / "log.jsonl").read_text())["step"] == 2
@@ -211,7 +211,7 @@ def test_a_worker_ends_with_its_parent(tmp_path):
     code = f"""
 import concurrent.futures, multiprocessing, os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import sdit
+import data
 if __name__ == "__main__":
     pool = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), data.end_with_parent)
     print(pool.submit(os.getpid).result(), flush=True)
@@ -394,11 +394,10 @@ def test_numbers_that_are_not_finite_make_no_video():
 
 
 def test_small_words(cache, tmp_path, monkeypatch):  # noqa: F811
-    assert evaluate.plus([1.0]) == "1.00" and "±" in evaluate.plus([1.0, 2.0]) and evaluate.plus([]) == "-"
-    said, entry = [], dict(step=1, mse=1, quarters=[1] * 4, bound=1, lr=1, norm=1, rows_per_s=1, tflops=1, mfu=1, memory_gib=1)
-    for seconds in (3 * 86400, 400 * 86400):
-        train.report(io.StringIO(), type("Bar", (), dict(write=said.append)), entry | dict(eta_s=seconds))
-    assert "3d 00:00:00 left" in said[0] and " 400 days left" in said[1]
+    assert evaluate.with_interval([1.0]) == "1.00" and "±" in evaluate.with_interval([1.0, 2.0]) and evaluate.with_interval([]) == "-"
+    entry = dict(step=1, mse=1, quarters=[1] * 4, bound=1, lr=1, norm=1, rows_per_s=1, tflops=1, mfu=1, memory_gib=1)
+    said = [train.log_text(entry | dict(eta_s=days * 86400)) for days in (3, 400)]
+    assert " 3 days, 0:00:00 left" in said[0] and " 400 days, 0:00:00 left" in said[1]
     run(cache, tmp_path / "run", monkeypatch)
     with pytest.raises(sdit.UserError, match="another steps .4, now 8.; .*--init .*model.safetensors"):
         run(cache, tmp_path / "run", monkeypatch, "--steps", "8")

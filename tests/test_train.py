@@ -105,10 +105,10 @@ def test_bound_trains_the_variance_alone():
 
 
 def test_draws_are_uniform_and_belong_to_the_step():
-    t, noise, drop = train.draw(0, 3, (20_000, 1), 0.1)
+    t, noise, drop = train.sample_noise(0, 3, (20_000, 1), 0.1)
     assert t.min() == 0 and t.max() == 999 and torch.histc(t.float(), 10).sub(2000).abs().max() < 200
     assert abs(drop.float().mean() - 0.1) < 0.01 and abs(noise.std() - 1) < 0.02
-    assert torch.equal(train.draw(0, 3, (20_000, 1), 0.1)[1], noise) and not torch.equal(train.draw(0, 4, (20_000, 1), 0.1)[1], noise)
+    assert torch.equal(train.sample_noise(0, 3, (20_000, 1), 0.1)[1], noise) and not torch.equal(train.sample_noise(0, 4, (20_000, 1), 0.1)[1], noise)
 
 
 def test_dropped_rows_do_not_see_their_conditions():
@@ -195,7 +195,7 @@ def test_resume_is_exact(cache, tmp_path, monkeypatch, capsys):
 
 def test_sigterm_saves_and_the_same_command_goes_on(cache, tmp_path, monkeypatch, capsys):
     run(cache, tmp_path / "whole", monkeypatch, "--save-minutes", "9")
-    draw, steps = train.draw, []
+    draw, steps = train.sample_noise, []
 
     def interrupted(seed, step, *rest):
         steps.append(step)
@@ -204,7 +204,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(cache, tmp_path, monkeypatch
                 os.kill(child.pid, signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
         return draw(seed, step, *rest)
-    monkeypatch.setattr(train, "draw", interrupted)
+    monkeypatch.setattr(train, "sample_noise", interrupted)
     run(cache, tmp_path / "parts", monkeypatch, "--save-minutes", "9", "--workers", "1")
     assert "saved after step 2" in capsys.readouterr().out and [p.name for p in (tmp_path / "parts").glob("state-*")] == ["state-00000002.pt"]
     run(cache, tmp_path / "parts", monkeypatch, "--save-minutes", "9")
@@ -212,7 +212,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(cache, tmp_path, monkeypatch
 
 
 def command(cache, out, *more):
-    return [sys.executable, "-c", "import sys, torch; sys.path.insert(0, sys.argv.pop(1)); torch.set_num_threads(1); import sdit, train; data.run_main(train.main)",
+    return [sys.executable, "-c", "import sys, torch; sys.path.insert(0, sys.argv.pop(1)); torch.set_num_threads(1); import data, train; data.run_main(train.main)",
             str(ROOT), "--size", "demo", "--frames", "2", "--data", str(cache), "--out", str(out), "--precision", "fp32", "--lr", "1e-3", "--preview", "0", *more]
 
 
@@ -305,7 +305,7 @@ def test_a_save_is_of_its_moment_and_in_a_thread(networks, tmp_path, monkeypatch
     with pytest.raises(OSError, match="full"), train.Saver(tmp_path) as saver:
         before = {k: v.clone() for k, v in model.state_dict().items()}
         saver.save(1, model, ema, optimizer, {})
-        assert saver.busy and not train.states(tmp_path)
+        assert not saver.writing.done() and not train.states(tmp_path)
         model.final_layer.linear.weight.data.add_(1)
         gate.set()
         saver.save(2, model, ema, optimizer, {})
@@ -373,7 +373,7 @@ def test_blocks_are_compiled_whole(monkeypatch):
     cpu, cuda = (type("Schedule", (), dict(beta=type("Beta", (), dict(is_cuda=x))))() for x in (False, True))
     for schedule, wanted, count in ((cpu, None, 0), (cuda, False, 0), (cpu, True, 2), (cuda, None, 2)):
         compiled.clear()
-        train.wrap(random_sdit(), schedule, type("A", (), dict(compile=wanted, lambda_ex=1.0)), 1)
+        train.build_objective(random_sdit(), schedule, type("A", (), dict(compile=wanted, lambda_ex=1.0, world=1)))
         assert len(compiled) == count
     assert torch._dynamo.config.optimize_ddp is False
 

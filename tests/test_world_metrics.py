@@ -57,8 +57,8 @@ def test_colours_of_true_renderings_are_named_right(metrics, world, landmarker):
         motion = world.sample_motion(rng, 2)
         frames = world.render_clip(person, motion, metrics.RENDER)
         tracked = data.track(frames, landmarker, "a person")
-        case = metrics.Case(person, motion, tracked, None, None, None)
-        true = case.truth(128)
+        case = metrics.RenderedCase(None, None, None, face=person, motion=motion, square=tracked.square)
+        true = case.render(128)
         masks = case.masks(true, landmarker)
         assert all(set(mask) == {"hair", "shirt", "back", "skin"} for mask in masks)
         assert all(0.01 < mask["skin"].mean() < 0.15 for mask in masks)
@@ -67,7 +67,7 @@ def test_colours_of_true_renderings_are_named_right(metrics, world, landmarker):
         assert scores["hair_right"] == scores["back_right"] == 1
         assert scores["skin_error"] == scores["hair_error"] == scores["back_error"] == 0
         green = person | dict(back="green" if person["back"] != "green" else "red")
-        other = metrics.colour_scores(case.truth(128, green), true, masks, person)
+        other = metrics.colour_scores(case.render(128, green), true, masks, person)
         assert other["back_right"] == 0 and other["back_error"] > 15 and other["skin_error"] < 1
 
 
@@ -167,7 +167,7 @@ def test_real(metrics, world, capsys, tmp_path, monkeypatch):
     def copies(models, source, landmarks, settings):
         return np.repeat(source[None], len(landmarks), 0)
 
-    monkeypatch.setattr(metrics, "reenact", copies)
+    monkeypatch.setattr(metrics, "sample_images", copies)
     run(metrics, "--task", "real", "--clips", tmp_path, "--frames", 3, "--sheet", sheet)
     shown = capsys.readouterr()
     found = json.loads(shown.out.splitlines()[-1])
@@ -178,7 +178,7 @@ def test_real(metrics, world, capsys, tmp_path, monkeypatch):
     def flashes(models, source, landmarks, settings):
         return np.stack([255 - source, *copies(models, source, landmarks, settings)[1:]])
 
-    monkeypatch.setattr(metrics, "reenact", flashes)
+    monkeypatch.setattr(metrics, "sample_images", flashes)
     run(metrics, "--task", "real", "--clips", tmp_path, "--frames", 3, "--n", 2)
     near = result(capsys)["near"]
     assert near["cheek"] == 1 and near["cheek_change"] == near["background_change"] == 0
