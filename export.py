@@ -1,43 +1,37 @@
 """Export of the denoiser for fast inference: TorchScript, ONNX, TensorRT, with the override of the
 anchor inside the graph (paper 3.2).
 
-    # the bundled model -> export/demo-4-onnx-fp32
-    python export.py --onnx
-    # -> export/XL-2-8-trt-bf16, on the GPU that will run it
-    python export.py --trt --model runs/XL-2-8/model.safetensors
-    python sample.py --engine export/demo-4-onnx-fp32                      # sample with it
-    python export.py --bench                                             # how fast each is here
+    python export.py --onnx                            # the demo's -> export/demo-4-onnx-fp32
+    python sample.py --engine export/demo-4-onnx-fp32  # sample with it
+    python export.py --trt --model runs/XL-2-8/model.safetensors  # on the GPU that will run it
+    python export.py --bench                           # how fast each is here
 
-Two forms of the same weights. `override` is the paper's rule as it stands: one `Where` after the
-embedding and every block. `packed`, the default, is the same function with one copy of the anchor:
-linear layers see every frame once, at the price of two attentions a block. From `packed` the keys
-and values of the anchor leave the graph (row 0); a second graph, `rest`, reads them (all other
-rows): so a video may have any length.
+Two forms of the same weights. `override` is the paper's rule: the SDiT as it is. `packed`, the
+default, is the same function with one copy of the anchor: linear layers see every frame once, at
+the price of two attentions a block. It also returns the anchor's keys and values. A second graph,
+`rest`, reads them and computes all rows but row 0, so a video may have any length.
 
-Every export is compared with the model in float32 PyTorch before it gets its name; above tolerance
-nothing is left behind."""
+An export gets its name only after it agrees with the model in float32 PyTorch."""
 
 import contextlib
 import copy
 import dataclasses
 import functools
 import json
-import math
 import os
-import platform
-import resource
 import shutil
-import statistics
 import sys
 import tempfile
 import time
 import warnings
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import data
@@ -45,224 +39,130 @@ import sdit
 from sdit import UserError
 
 DEMO = Path(__file__).resolve().parent / "demo"
+PRECISIONS = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
 # --------------------------------------------------------------------------------------------------
-# The graphs. The guidance branches (G of them: 1, or 2, conditional and unconditional) are an axis
-# of their own, so that no branch reads the anchor of another. Rows are the only axis left open.
-# Inside, frames are x (frames, N, D) with conditioning c (frames, D)
-
-
-def norm(x):
-    """LayerNorm in float32, whatever the weights: in float16 its squares overflow."""
-    return F.layer_norm(
-        x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, x.shape[-1:], eps=1e-6
-    ).to(x.dtype)
-
-
-def attend(q, k, v):
-    """Attention over (rows, heads, tokens, d); in half precision with the softmax in float32, the
-    pattern that TensorRT fuses."""
-    if q.dtype in (torch.float32, torch.float64):
-        return F.scaled_dot_product_attention(q, k, v)
-    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    return weights.float().softmax(-1).to(v.dtype) @ v
-
-
-def merge(x):
-    """(rows, heads, tokens, d) -> (rows, tokens, D)."""
-    return x.transpose(1, 2).flatten(2)
+# The graphs. Of every row there are G guidance branches: 1, or 2, conditional and unconditional.
+# They are rows of their own inside, and each has its own anchor
 
 
 class Graph(nn.Module):
-    """What the graphs share: the layers of an SDiT, without its mapping network, and the way
-    through one block. Written anew from `sdit.Block`, since half precision needs its norms and
-    softmax spelled out in float32, and the anchor's slot is an input here."""
-
-    outputs = ("output",)
-    unpatchify = sdit.SDiT.unpatchify
-    predict_noise = sdit.SDiT.predict_noise
+    """The SDiT, and classifier-free guidance. This form has no anchor, to compare with."""
 
     def __init__(self, model, branches=2):
         super().__init__()
-        self.config, self.branches = model.config, branches
-        self.x_embedder, self.t_embedder, self.blocks, self.final_layer = (
-            model.x_embedder,
-            model.t_embedder,
-            model.blocks,
-            model.final_layer,
-        )
-        for name, value in dict(
-            position=model.position,
-            time_position=model.time_position,
-            slots=torch.arange(model.config.frames),
-        ).items():
-            self.register_buffer(name, value.to(model.position.device), persistent=False)
-        self.roots = model.roots.to(model.position)  # no buffer: float32 in half precision
+        self.model, self.branches = model, branches
 
-    def override(self, x, anchor):
-        """x (B, G, T, ...)."""
-        return torch.where((self.slots == anchor).view(-1, *[1] * (x.dim() - 3)), x[:1], x)
+    def forward(self, latents, timesteps, conditioning, anchor, guidance, anchor_kv=None):
+        """latents (B, T, C, H, W), timesteps (B,), conditioning (B, G, T, D), anchor and guidance
+        scalars -> guided noise, and the conditional branch's sigma, (B, T, 2C, H, W)."""
+        B, G = latents.shape[0], self.branches
+        x = latents.unsqueeze(1).expand(-1, G, -1, -1, -1, -1).flatten(0, 1)  # (BG, T, C, H, W)
+        t = timesteps.unsqueeze(1).expand(-1, G).flatten()  # (BG,)
+        c = conditioning.flatten(0, 1)  # (BG, T, D)
+        output, *kv = self.denoise(x, t, c, B, anchor, anchor_kv)  # (BG, T, 2C, H, W)
 
-    def embed(self, latents, slots):
-        """Tokens (B, G, T, N, D) of latents (B, T, C, H, W) in `slots` (T,)."""
-        p, side, patches = (
-            self.config.patch,
-            self.config.latent_size // self.config.patch,
-            self.x_embedder.proj,
-        )
-        x = (
-            latents.unflatten(4, (side, p))
-            .unflatten(3, (side, p))
-            .permute(0, 1, 3, 5, 2, 4, 6)
-            .flatten(4, 6)
-            .flatten(2, 3)
-        )
-        # as a convolution ONNX would not have it in bfloat16
-        x = F.linear(x, patches.weight.flatten(1), patches.bias)
-        x = x + self.position + self.time_position.index_select(0, slots)[:, None]  # (B, T, N, D)
-        return x[:, None].expand(-1, self.branches, -1, -1, -1)
-
-    def condition(self, timesteps, conditioning):
-        """(B,) and (B, G, T, D) -> what the blocks see, (B, G, T, D)."""
-        return self.t_embedder(timesteps)[:, None, None] + conditioning
-
-    def others(self, anchor):
-        """The T - 1 slots that are not the anchor."""
-        first = self.slots[: self.config.frames - 1]
-        return first + (first >= anchor).long()
-
-    def heads(self, qkv):
-        """(rows, tokens, 3D) -> q, k, v (rows, heads, tokens, d)."""
-        return [z.unflatten(-1, (self.config.heads, -1)).transpose(1, 2) for z in qkv.chunk(3, -1)]
-
-    def read(self, qkv, kv):
-        """Attention of rows that lack their anchor, qkv (BG(T - 1), N, 3D), to themselves and to
-        the anchor of their branch, whose keys and values are kv (2, G, heads, N, d). -> (BG(T - 1),
-        N, D)"""
-        G, N = self.branches, self.config.tokens
-        # (BG, heads, (T - 1)N, d)
-        q, *own = self.heads(qkv.reshape(-1, (self.config.frames - 1) * N, qkv.shape[-1]))
-        own = [z.unflatten(0, (-1, G)) for z in own]  # (B, G, heads, (T - 1)N, d)
-        k, v = (
-            torch.cat([shared.expand(z.shape[0], -1, -1, -1, -1), z], 3).flatten(0, 1)
-            for shared, z in zip(kv.unbind(0), own)
-        )
-        return merge(attend(q, k, v)).reshape(-1, N, self.config.width)
-
-    def block(self, block, x, c, attention):
-        """One block on frames x (frames, N, D), c (frames, D); `attention` takes (frames, N, 3D) to
-        (frames, N, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (
-            block.adaLN_modulation(c).unsqueeze(1).chunk(6, -1)
-        )
-        x = x + gate1 * block.attn.proj(attention(block.attn.qkv(norm(x) * (1 + scale1) + shift1)))
-        return x + gate2 * block.mlp(norm(x) * (1 + scale2) + shift2)
-
-    def final(self, x, c):
-        shift, scale = self.final_layer.adaLN_modulation(c).unsqueeze(1).chunk(2, -1)
-        return self.final_layer.linear(norm(x) * (1 + scale) + shift)
-
-    def guide(self, output, guidance, latents, timesteps):
-        """Tokens (B, G, T, N, p * p * 2C) -> (B, T, 2C, H, W).
-
-        Two branches are guided; the learned sigma is the conditional one's. `latents`, the graph's
-        input (B, T, C, H, W), come overridden where the graph overrides."""
-        # (B, G, T, 2C, H, W)
-        output = self.unpatchify(output.flatten(0, 1)).unflatten(0, (-1, self.branches))
-        noise, v = output.split(self.config.latent_channels, 3)
-        if self.branches == 2:
+        noise, sigma = output.unflatten(0, (-1, G)).chunk(2, 3)  # (B, G, T, C, H, W)
+        if G == 2:
             noise = noise[:, 1:] + guidance * (noise[:, :1] - noise[:, 1:])
-        output = torch.cat([noise[:, 0], v[:, 0]], 2)
-        return self.predict_noise(output, latents, timesteps).to(output.dtype)
+        output = torch.cat([noise[:, 0], sigma[:, 0]], 2)
+        return output.to(latents.dtype), *kv
+
+    def denoise(self, x, t, c, B, anchor, anchor_kv):
+        return (self.model.denoise(x, t, c, self.model.time_position),)
 
 
 class Override(Graph):
     """The paper's rule: the anchor of every row is replaced by row 0's after the embedding and
     after every block (Eq. 3)."""
 
-    def forward(self, latents, timesteps, conditioning, anchor, guidance):
-        """latents (B, T, C, H, W), timesteps (B,), conditioning (B, G, T, D), anchor and guidance
-        scalars -> (B, T, 2C, H, W)."""
-        T, G, N, D = self.config.frames, self.branches, self.config.tokens, self.config.width
+    def denoise(self, x, t, c, B, anchor, anchor_kv):
+        def override(x):
+            x = x.unflatten(0, (-1, self.branches))  # (B, G, T, ...)
+            return sdit.override(x, anchor, axis=2).flatten(0, 1)
 
-        def attention(qkv):  # (BGT, N, 3D)
-            return merge(attend(*self.heads(qkv.reshape(-1, T * N, 3 * D)))).reshape(-1, N, D)
-
-        x = self.override(self.embed(latents, self.slots), anchor)  # (B, G, T, N, D)
-        c = self.override(self.condition(timesteps, conditioning), anchor).flatten(0, 2)  # (BGT, D)
-        for block in self.blocks:
-            x = self.override(
-                self.block(block, x.flatten(0, 2), c, attention).unflatten(0, (-1, G, T)), anchor
-            )
-        x = self.final(x.flatten(0, 2), c).unflatten(0, (-1, G, T))
-        return self.guide(x, guidance, self.override(latents[:, None], anchor)[:, 0], timesteps)
-
-
-class Unanchored(Override):
-    """No anchoring at all, to compare with."""
-
-    def override(self, x, anchor):
-        return x
+        return (self.model.denoise(x, t, c, self.model.time_position, override),)
 
 
 class Packed(Graph):
     """The same function as `Override` with one copy of the anchor: what rows 1.. compute for theirs
-    is thrown away by the override, so they need only read its keys and values. Frames are packed:
-    the G anchors, then the other T - 1 frames of row 0, branch by branch, then those of row 1 ...
-    """
+    is thrown away by the override. Frames are packed, each as a row of its own: first the anchor of
+    each branch, then the T - 1 others of row 0, branch by branch, then those of row 1 ..."""
 
-    outputs = ("output", "anchor_kv")
+    def denoise(self, x, t, c, B, anchor, anchor_kv):
+        """Also returns the anchor's keys and values, (depth, 2, G, heads, N, d)."""
+        model, G, T = self.model, self.branches, self.model.config.frames
+        others = other_slots(anchor, T)
 
-    def forward(self, latents, timesteps, conditioning, anchor, guidance):
-        """As `Override.forward`; also returns the anchor's keys and values, (depth, 2, G, heads, N,
-        d)."""
-        T, G, slots, kept = self.config.frames, self.branches, self.others(anchor), []
+        def pack(x):  # (BG, T, ...) -> (G + BG(T - 1), 1, ...)
+            anchors = x[:G].index_select(1, anchor.view(1))
+            return torch.cat([anchors, x.index_select(1, others).flatten(0, 1).unsqueeze(1)])
 
-        def pack(x):  # (B, G, T, ...) -> (G + BG(T - 1), ...)
-            return torch.cat(
-                [x[0].index_select(1, anchor.view(1))[:, 0], x.index_select(2, slots).flatten(0, 2)]
-            )
+        t = pack(t.unsqueeze(1).expand(-1, T)).squeeze(1)
+        time_position = pack(model.time_position.expand(B * G, -1, -1))
+        bank = PackedBank(B, G, T)
+        x = model.denoise(pack(x), t, pack(c), time_position, bank=bank)
 
-        def attention(qkv):
-            q, k, v = self.heads(qkv[:G])  # (G, heads, N, d)
-            kept.append(torch.stack([k, v]))
-            # its G (T - 1) other frames, which the anchor reads too
-            row_0 = self.heads(qkv[G : G * T].reshape(G, -1, qkv.shape[-1]))
-            anchors = merge(attend(q, *(torch.cat(pair, 2) for pair in zip((k, v), row_0[1:]))))
-            return torch.cat([anchors, self.read(qkv[G:], kept[-1])])
+        # unpack: the anchor comes first now, and the slots before it one later
+        rest = x[G:].squeeze(1).unflatten(0, (-1, T - 1))  # (BG, T - 1, 2C, H, W)
+        x = torch.cat([tile(x[:G], B), rest], 1)
+        slots = torch.arange(T, device=anchor.device)
+        place = torch.where(slots == anchor, 0, slots + (slots < anchor).long())
+        return x.index_select(1, place), torch.stack(bank.written)
 
-        x, c = pack(self.embed(latents, self.slots)), pack(self.condition(timesteps, conditioning))
-        for block in self.blocks:
-            x = self.block(block, x, c, attention)
-        x = self.final(x, c)
-        others = x[G:].unflatten(0, (-1, G, T - 1))
-        first = x[None, :G, None].expand(others.shape[0], -1, -1, -1, -1)
-        # the anchor comes first now; back to the order of slots: the anchor is at 0, slots before
-        # it one later, those after it where they were
-        place = torch.where(
-            self.slots == anchor, 0, torch.where(self.slots < anchor, self.slots + 1, self.slots)
-        )
-        x = torch.cat([first, others], 2).index_select(2, place)
-        latents = self.override(latents[:, None], anchor)[:, 0]
-        return self.guide(x, guidance, latents, timesteps), torch.stack(kept)
+
+class PackedBank(sdit.AnchorBank):
+    """Attention among the frames that `Packed` packs, and the keys and values of their anchors."""
+
+    def __init__(self, rows, branches, frames):
+        super().__init__()
+        self.rows, self.branches, self.frames = rows, branches, frames
+
+    def attend(self, q, k, v, N):
+        """Over (G + BG(T - 1), heads, N, d)."""
+        G, tokens = self.branches, (self.frames - 1) * N
+        self.written.append(torch.stack([k[:G], v[:G]]))  # (2, G, heads, N, d)
+
+        def complete(x):  # keys or values of whole rows: (BG, heads, TN, d)
+            return torch.cat([tile(x[:G], self.rows), regroup(x[G:], tokens)], 2)
+
+        k, v = complete(k), complete(v)
+        anchors = sdit.attend(q[:G], k[:G], v[:G])  # they are frames of row 0
+        others = sdit.attend(regroup(q[G:], tokens), k, v)  # (BG, heads, (T - 1)N, d)
+        return torch.cat([anchors, regroup(others, N)])
 
 
 class Rest(Graph):
-    """Rows without their anchor slots; they read the keys and values of one made elsewhere."""
+    """Rows without their anchor, T - 1 frames each; they read the keys and values `anchor_kv`
+    (depth, 2, G, heads, N, d) of one made elsewhere."""
 
-    def forward(self, latents, timesteps, conditioning, anchor, guidance, anchor_kv):
-        """latents (B, T - 1, C, H, W), conditioning (B, G, T - 1, D), anchor_kv (depth, 2, G,
-        heads, N, d) -> (B, T - 1, 2C, H, W)."""
-        x = self.embed(latents, self.others(anchor)).flatten(0, 2)
-        c = self.condition(timesteps, conditioning).flatten(0, 2)
-        for block, kv in zip(self.blocks, anchor_kv.unbind(0)):
-            x = self.block(block, x, c, lambda qkv: self.read(qkv, kv))
-        x = self.final(x, c).unflatten(0, (-1, self.branches, self.config.frames - 1))
-        return self.guide(x, guidance, latents, timesteps)
+    def denoise(self, x, t, c, B, anchor, anchor_kv):
+        others = other_slots(anchor, self.model.config.frames)
+        time_position = self.model.time_position.index_select(0, others)
+        bank = sdit.AnchorBank(kv=(tile(kv, B, 1) for kv in anchor_kv.unbind(0)))
+        return (self.model.denoise(x, t, c, time_position, bank=bank),)
 
 
-FORMS = dict(unanchored=Unanchored, override=Override, packed=Packed, rest=Rest)
-PRECISIONS = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
+def other_slots(anchor, T):
+    """The T - 1 slots that are not the anchor."""
+    slots = torch.arange(T - 1, device=anchor.device)
+    return slots + (slots >= anchor).long()
+
+
+def tile(x, B, axis=0):
+    """What each branch has, (.., G, ...), for every row, (.., BG, ...)."""
+    sizes = [-1] * (x.dim() + 1)
+    sizes[axis] = B
+    return x.unsqueeze(axis).expand(sizes).flatten(axis, axis + 1)
+
+
+def regroup(x, tokens):
+    """(rows, heads, n, d) -> the same in rows of `tokens` tokens, (.., heads, tokens, d)."""
+    x = x.transpose(1, 2)  # (rows, n, heads, d)
+    return x.reshape(-1, tokens, *x.shape[2:]).transpose(1, 2)
+
+
+FORMS = dict(unanchored=Graph, override=Override, packed=Packed, rest=Rest)
 
 
 def build_graph(model, form, precision="fp32", branches=2):
@@ -273,44 +173,31 @@ def build_graph(model, form, precision="fp32", branches=2):
 
 def example(config, form, rows, branches=2, anchor=0, t=500, seed=0, device="cpu"):
     """Inputs of a graph by name, random, float32."""
-    g, T = torch.Generator().manual_seed(seed), config.frames - (form == "rest")
+    c, T = config, config.frames - (form == "rest")
+    normal = functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed))
     inputs = dict(
-        latents=torch.randn(
-            rows, T, config.latent_channels, config.latent_size, config.latent_size, generator=g
-        ),
+        latents=normal(rows, T, c.latent_channels, c.latent_size, c.latent_size),
         timesteps=torch.full((rows,), t),
-        conditioning=torch.randn(rows, branches, T, config.width, generator=g),
+        conditioning=normal(rows, branches, T, c.width),
         anchor=torch.tensor(anchor),
         guidance=torch.tensor(2.0),
     )
     if form == "rest":
-        inputs["anchor_kv"] = torch.randn(
-            config.depth,
-            2,
-            branches,
-            config.heads,
-            config.tokens,
-            config.width // config.heads,
-            generator=g,
-        )
-    return {k: v.to(device) for k, v in inputs.items()}
+        heads = c.heads, c.tokens, c.width // c.heads
+        inputs["anchor_kv"] = normal(c.depth, 2, branches, *heads)
+    return {name: x.to(device) for name, x in inputs.items()}
 
 
-def output_shapes(config, form, rows, branches):
-    """Shapes of what a graph returns, by name."""
-    size = config.latent_size
-    shapes = dict(
-        output=(rows, config.frames - (form == "rest"), 2 * config.latent_channels, size, size),
-        anchor_kv=(
-            config.depth,
-            2,
-            branches,
-            config.heads,
-            config.tokens,
-            config.width // config.heads,
-        ),
-    )
-    return {name: shapes[name] for name in FORMS[form].outputs}
+def cast(inputs, dtype):
+    """Inputs by name in a graph's precision; integers stay."""
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def trace_inputs(graph, form):
+    """Inputs on the graph's device and in its precision. (PyTorch takes 1 row for a constant.)"""
+    position = graph.model.position
+    inputs = example(graph.model.config, form, 3, graph.branches, device=position.device)
+    return cast(inputs, position.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -318,119 +205,132 @@ def output_shapes(config, form, rows, branches):
 
 OPSET = 20  # from 23 on there is an Attention operator, which TensorRT does not build in float32
 OPEN = ("latents", "timesteps", "conditioning")  # inputs whose first axis is rows
+OUTPUTS = ("output", "anchor_kv")  # the second of `packed` only
 
 
-def torch_program(graph, form):
-    """torch.export's program of a graph, for any number of rows. (The ONNX exporter by itself fixes
-    the rows, without a word, where it cannot keep them open; this raises.)"""
-    rows, dtype = torch.export.Dim("rows", min=1, max=1024), graph.position.dtype
-    inputs = example(graph.config, form, 3, graph.branches, device=graph.position.device)
-    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-    return torch.export.export(
-        graph, (), inputs, dynamic_shapes={k: {0: rows} if k in OPEN else None for k in inputs}
-    )
+def safe_norm(x, *args, **options):
+    """LayerNorm in float32: in float16 its squares overflow."""
+    return F.layer_norm(x.float(), *args, **options).to(x.dtype)
+
+
+def safe_attention(q, k, v):
+    """Softmax in float32, in the pattern that TensorRT fuses."""
+    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return weights.float().softmax(-1).to(v.dtype) @ v
+
+
+def patch_embedding(images, weight, bias, stride, *_):
+    """The convolution of `PatchEmbed` as a linear layer: ONNX has none in bfloat16."""
+    patches = F.pixel_unshuffle(images, stride[0])  # (BT, C * p * p, H / p, W / p)
+    tokens = F.linear(patches.flatten(2).transpose(1, 2), weight.flatten(1), bias)
+    return tokens.transpose(1, 2).unflatten(2, patches.shape[2:])
+
+
+class Portable(TorchFunctionMode):
+    """While a graph is traced for others: functions that PyTorch computes in float32 inside."""
+
+    replaced = {
+        F.layer_norm: safe_norm,
+        F.scaled_dot_product_attention: safe_attention,
+        F.conv2d: patch_embedding,
+    }
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return self.replaced.get(function, function)(*args, **kwargs or {})
 
 
 def write_onnx(graph, form, folder):
     """FORM.onnx, and its weights FORM.onnx.data, in a folder. Returns the path."""
     import onnx
 
-    path = folder / f"{form}.onnx"
+    # in two steps: the ONNX exporter by itself fixes the rows, silently, where it cannot keep them
+    # open; torch.export raises
+    inputs, rows = trace_inputs(graph, form), torch.export.Dim("rows", min=1, max=1024)
+    shapes = {name: {0: rows} if name in OPEN else None for name in inputs}
+    with Portable():
+        program = torch.export.export(graph, (), inputs, dynamic_shapes=shapes)
     program = torch.onnx.export(
-        torch_program(graph, form),
+        program,
         dynamo=True,
         opset_version=OPSET,
         verbose=False,
-        input_names=[*example(graph.config, form, 1)],
-        output_names=list(graph.outputs),
+        input_names=[*inputs],
+        output_names=OUTPUTS[: 1 + (form == "packed")],
     )
+    path = folder / f"{form}.onnx"
     program.save(path, external_data=True)
+
     onnx.checker.check_model(path, full_check=True)
     proto = onnx.load(path, load_external_data=False).graph
-    axes = [
-        v.type.tensor_type.shape.dim[0]
-        for v in [*proto.input, *proto.output]
-        if v.name in (*OPEN, "output")
-    ]
-    if len(axes) != 4 or len({a.dim_param for a in axes}) != 1 or not axes[0].dim_param:
-        raise UserError(f"{path}: the rows are not one open axis")
+    values = [v for v in [*proto.input, *proto.output] if v.name in (*OPEN, "output")]
+    axes = {v.type.tensor_type.shape.dim[0].dim_param for v in values}
+    assert len(values) == 4 and len(axes) == 1 and "" not in axes, "the rows are not one open axis"
     return path
 
 
 def write_torchscript(graph, form, folder):
-    """FORM.ts, traced and frozen. (PyTorch deprecates TorchScript in favour of torch.export; it
-    still works.) Returns the path."""
-    inputs = example(graph.config, form, 3, graph.branches, device=graph.position.device).values()
-    inputs = tuple(v.to(graph.position.dtype) if v.is_floating_point() else v for v in inputs)
+    """FORM.ts, traced and frozen; its path. (Deprecated by PyTorch, which still runs it.)"""
+    path, inputs = folder / f"{form}.ts", tuple(trace_inputs(graph, form).values())
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        torch.jit.freeze(torch.jit.trace(graph, inputs, check_trace=False)).save(
-            str(folder / f"{form}.ts")
-        )
-    return folder / f"{form}.ts"
+        traced = torch.jit.trace(graph, inputs, check_trace=False)
+        torch.jit.freeze(traced).save(str(path))
+    return path
 
 
 def build_plan(trt, path, plan, rows, timing_cache=None):
-    """Build the TensorRT engine `plan` of an ONNX graph, for 1 to rows[1] rows and best at rows[0],
-    with TensorRT 10.12 to 11; `trt` is the module. Types are those of the graph (strongly typed).
-    Timings of kernels are kept in the file `timing_cache`."""
+    """Build the engine `plan` of an ONNX graph, for 1 to rows[1] rows and best at rows[0], with the
+    module `trt`, TensorRT 10.12 to 11. The file `timing_cache` keeps the timings of kernels."""
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(path)):  # from the file: the weights lie beside it
-        raise UserError(
-            f"TensorRT cannot read {path}: "
-            + "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
-        )
-    settings, profile = builder.create_builder_config(), builder.create_optimization_profile()
+        errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+        raise UserError(f"TensorRT cannot read {path}: {errors}")
+
+    profile = builder.create_optimization_profile()
     for i in range(network.num_inputs):
         name, shape = network.get_input(i).name, list(network.get_input(i).shape)
         if name in OPEN:
             profile.set_shape(name, *([n, *shape[1:]] for n in (1, *rows)))
+    settings = builder.create_builder_config()
     settings.add_optimization_profile(profile)
-    # float32 means float32; half precision is what is fast
-    settings.clear_flag(trt.BuilderFlag.TF32)
+    settings.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32; half precision is fast
     if timing_cache:
-        cache = settings.create_timing_cache(
-            Path(timing_cache).read_bytes() if Path(timing_cache).exists() else b""
-        )
-        settings.set_timing_cache(cache, False)
+        known = timing_cache.read_bytes() if timing_cache.exists() else b""
+        settings.set_timing_cache(settings.create_timing_cache(known), False)
+
     built = builder.build_serialized_network(network, settings)
     if built is None:
         raise UserError(f"TensorRT could not build {path}; its messages are above")
     plan.write_bytes(built)
     if timing_cache:
-        Path(timing_cache).write_bytes(settings.get_timing_cache().serialize())
+        timing_cache.write_bytes(settings.get_timing_cache().serialize())
     return plan
 
 
 def import_tensorrt(device):
     """The module; UserError where it, or the GPU that it builds for and runs on, is not there."""
-    try:
+    with contextlib.suppress(ImportError):
         import tensorrt
-    except ImportError:
-        raise UserError(
-            "TensorRT is not installed: pip install tensorrt --extra-index-url https://pypi.nvidia.com, on a machine with an "
-            "NVIDIA GPU; --onnx works without"
-        ) from None
-    if device.type != "cuda":
-        raise UserError(
-            "TensorRT builds for the NVIDIA GPU that it runs on, and there is none here; --onnx works without"
-        )
-    return tensorrt
+
+        if device.type == "cuda":
+            return tensorrt
+    raise UserError(
+        "TensorRT builds for the NVIDIA GPU that it runs on: choose one by --device, and pip "
+        "install tensorrt --extra-index-url https://pypi.nvidia.com; --onnx works without"
+    )
 
 
 # --------------------------------------------------------------------------------------------------
-# Running graphs. A runner takes inputs by name, any precision, and returns a tuple of outputs, all
-# of them on the device
+# Running graphs. A runner takes inputs by name, in any precision, and returns a tuple of outputs
 
 
 def run_module(module, dtype, inputs):
     """PyTorch: a graph as it is, compiled, or loaded from TorchScript."""
     with torch.no_grad():
-        outputs = module(*(v.to(dtype) if v.is_floating_point() else v for v in inputs.values()))
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+        return module(*cast(inputs, dtype).values())
 
 
 def load_onnx(path, device):
@@ -440,109 +340,89 @@ def load_onnx(path, device):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
-    cuda = ("CUDAExecutionProvider", dict(device_id=device.index or 0, use_tf32=0))
-    provider, settings = cuda if device.type == "cuda" else ("CPUExecutionProvider", {})
+    provider, settings = "CPUExecutionProvider", {}
+    if device.type == "cuda":
+        provider = "CUDAExecutionProvider"
+        settings = dict(device_id=device.index or 0, use_tf32=0)
     try:
         session = onnxruntime.InferenceSession(path, options, providers=[(provider, settings)])
     except Exception as e:  # its errors have no common class
-        raise UserError(
-            f"ONNX Runtime cannot run {path} on {device}: {str(e).partition(chr(10))[0]}"
-        ) from None
+        reason = str(e).partition("\n")[0]
+        raise UserError(f"ONNX Runtime cannot run {path} on {device}: {reason}") from None
     if session.get_providers()[0] != provider:  # it falls back without an error
-        raise UserError(
-            f"this ONNX Runtime has no {provider}; install onnxruntime-gpu for the CUDA version of this PyTorch, or choose --device cpu"
-        )
+        cure = "install onnxruntime-gpu for PyTorch's CUDA version, or choose --device cpu"
+        raise UserError(f"this ONNX Runtime has no {provider}; {cure}")
     return session
 
 
-def run_onnx(session, config, form, branches, dtype, inputs):
-    """Run on torch's own buffers. (bfloat16 needs a GPU.)"""
-    import onnx
+def run_onnx(session, dtype, inputs):
+    """Share tensors with ONNX Runtime, without a copy. (bfloat16 needs a GPU.)"""
+    from onnxruntime import OrtValue
 
-    types = {
-        torch.float32: onnx.TensorProto.FLOAT,
-        torch.float16: onnx.TensorProto.FLOAT16,
-        torch.bfloat16: onnx.TensorProto.BFLOAT16,
-        torch.int64: onnx.TensorProto.INT64,
-    }
-    device, binding = inputs["latents"].device, session.io_binding()
-    inputs = {
-        v.name: inputs[v.name]
-        .to(dtype if inputs[v.name].is_floating_point() else torch.int64)
-        .contiguous()
-        for v in session.get_inputs()
-    }
-    outputs = {
-        k: torch.empty(s, dtype=dtype, device=device)
-        for k, s in output_shapes(config, form, len(inputs["latents"]), branches).items()
-    }
-    for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
-        for name, v in tensors.items():
-            bind(name, device.type, device.index or 0, types[v.dtype], tuple(v.shape), v.data_ptr())
+    inputs, device = cast(inputs, dtype), inputs["latents"].device
+    binding = session.io_binding()
+    for value in session.get_inputs():
+        tensor = OrtValue.from_dlpack(inputs[value.name].contiguous())
+        binding.bind_ortvalue_input(value.name, tensor)
+    for value in session.get_outputs():
+        binding.bind_output(value.name, device.type, device.index or 0)
+
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # ONNX Runtime works on a stream of its own
     session.run_with_iobinding(binding)
-    return tuple(outputs.values())
+    return tuple(torch.from_dlpack(value) for value in binding.get_outputs())
 
 
 def load_plan(trt, path, device):
     """(execution context, stream) of a TensorRT engine on a GPU."""
     with torch.cuda.device(device):
-        engine = trt.Runtime(trt.Logger(trt.Logger.WARNING)).deserialize_cuda_engine(
-            Path(path).read_bytes()
-        )
+        runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+        engine = runtime.deserialize_cuda_engine(Path(path).read_bytes())
         if engine is None:
-            raise UserError(
-                f"{path} was built by another version of TensorRT or for another GPU; export it again here"
-            )
+            reason = "was built by another version of TensorRT or for another GPU"
+            raise UserError(f"{path} {reason}; export it again here")
         return engine.create_execution_context(), torch.cuda.Stream(device)
 
 
-def run_plan(context, stream, config, form, branches, dtype, inputs):
-    """Run on torch's own buffers, on a stream that is not the default one, where TensorRT would
-    wait for everything."""
+def run_plan(context, stream, dtype, inputs):
+    """Run on PyTorch's buffers, on a stream of its own: on the default one TensorRT would wait for
+    everything."""
     names = {context.engine.get_tensor_name(i) for i in range(context.engine.num_io_tensors)}
-    inputs = {
-        k: v.to(dtype if v.is_floating_point() else torch.int64).contiguous()
-        for k, v in inputs.items()
-        if k in names
-    }
+    inputs = {k: v.contiguous() for k, v in cast(inputs, dtype).items() if k in names}
     device, rows = inputs["latents"].device, len(inputs["latents"])
-    outputs = {
-        k: torch.empty(s, dtype=dtype, device=device)
-        for k, s in output_shapes(config, form, rows, branches).items()
-    }
+    current = torch.cuda.current_stream(device)
+
     with torch.cuda.device(device):  # TensorRT runs on the current one
-        for name, v in inputs.items():
-            if not context.set_input_shape(name, tuple(v.shape)):
-                raise UserError(
-                    f"this engine was not built for {rows} rows; export it with --rows {rows} {rows}"
-                )
-        for name, v in (inputs | outputs).items():
-            context.set_tensor_address(name, v.data_ptr())
-        stream.wait_stream(torch.cuda.current_stream(device))
+        for name, tensor in inputs.items():
+            if not context.set_input_shape(name, tuple(tensor.shape)):
+                cure = f"export it with --rows {rows} {rows}"
+                raise UserError(f"this engine was not built for {rows} rows; {cure}")
+        shapes = {name: tuple(context.get_tensor_shape(name)) for name in OUTPUTS if name in names}
+        outputs = {k: torch.empty(s, dtype=dtype, device=device) for k, s in shapes.items()}
+        for name, tensor in (inputs | outputs).items():
+            context.set_tensor_address(name, tensor.data_ptr())
+
+        stream.wait_stream(current)
         if context.infer_shapes() or not context.execute_async_v3(stream.cuda_stream):
             raise UserError("TensorRT did not run; its message is above")
-        torch.cuda.current_stream(device).wait_stream(stream)
-    for v in (inputs | outputs).values():
-        v.record_stream(stream)
+        current.wait_stream(stream)
+    for tensor in (inputs | outputs).values():
+        tensor.record_stream(stream)
     return tuple(outputs.values())
 
 
-def load_runner(kind, path, config, form, branches, dtype, device):
+def load_runner(kind, path, dtype, device):
     """inputs by name -> tuple of outputs, of a graph file of any kind."""
     if kind == "torchscript":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return functools.partial(run_module, torch.jit.load(path, map_location=device), dtype)
     if kind == "onnx":
-        return functools.partial(run_onnx, load_onnx(path, device), config, form, branches, dtype)
-    return functools.partial(
-        run_plan, *load_plan(import_tensorrt(device), path, device), config, form, branches, dtype
-    )
+        return functools.partial(run_onnx, load_onnx(path, device), dtype)
+    return functools.partial(run_plan, *load_plan(import_tensorrt(device), path, device), dtype)
 
 
-@dataclasses.dataclass
+@dataclass
 class Engine:
     """An export, loaded: what `sample.py` samples with in place of the SDiT."""
 
@@ -553,99 +433,81 @@ class Engine:
     first_runner: callable
     rest_runner: callable
 
-    def _run(self, runner, x, t, conditions, anchor, guidance, **rest):
-        # an engine for guidance, asked for none: both branches are the same
-        filled = [*conditions, *conditions[:1]][: self.branches]
-        c = torch.stack(filled, 1)  # (B, G, T, D)
-        scalars = dict(anchor=anchor, guidance=float(guidance))
-        scalars = {name: torch.full((), value, device=x.device) for name, value in scalars.items()}
-        timesteps = torch.full((len(x),), t, device=x.device)
-        return runner(dict(latents=x, timesteps=timesteps, conditioning=c, **scalars, **rest))
-
     def first(self, x, t, conditions, anchor, guidance):
-        """Row 0, x (1, T, C, H, W), `conditions` (1, T, D) of one branch or two -> (guided output
-        (1, T, 2C, H, W), anchor_kv)."""
+        """Row 0, x (1, T, C, H, W), `conditions` (1, T, D) of each branch -> guided output (1, T,
+        2C, H, W), anchor_kv."""
         output, anchor_kv = self._run(self.first_runner, x, t, conditions, anchor, guidance)
         return output.to(x.dtype), anchor_kv
 
     def rest(self, x, t, conditions, anchor, guidance, anchor_kv):
         """Any other rows without their anchors, x (B, T - 1, C, H, W) -> (B, T - 1, 2C, H, W)."""
-        return self._run(self.rest_runner, x, t, conditions, anchor, guidance, anchor_kv=anchor_kv)[
-            0
-        ].to(x.dtype)
+        inputs = x, t, conditions, anchor, guidance
+        (output,) = self._run(self.rest_runner, *inputs, anchor_kv=anchor_kv)
+        return output.to(x.dtype)
+
+    def _run(self, runner, x, t, conditions, anchor, guidance, **rest):
+        # an engine for guidance, asked for none: both branches are the same
+        conditions = [*conditions, *conditions[:1]][: self.branches]
+        inputs = dict(
+            latents=x,
+            timesteps=torch.full((len(x),), t, device=x.device),
+            conditioning=torch.stack(conditions, 1),  # (B, G, T, D)
+            anchor=torch.full((), anchor, device=x.device),
+            guidance=torch.full((), float(guidance), device=x.device),
+        )
+        return runner(inputs | rest)
 
 
-MANIFEST = dict(
-    name=str,
-    kind=str,
-    precision=str,
-    branches=int,
-    rows=list,
-    opset=int,
-    model_sha256=str,
-    files=dict,
-    sha256=dict,
-    bytes=dict,
-    config=dict,
-    versions=dict,
-)
+@dataclass
+class Manifest:
+    """What an export says of itself, in manifest.json."""
+
+    name: str
+    kind: str
+    precision: str
+    branches: int
+    rows: list  # typical and most
+    opset: int
+    model_sha256: str
+    files: dict  # by form
+    sha256: dict  # by file, as `bytes`
+    bytes: dict
+    config: dict
+    versions: dict
 
 
 def read_manifest(folder):
-    """What an export says of itself."""
-    try:
-        about = json.loads((folder / "manifest.json").read_text())
-        forms = set(about["files"])
-        if (
-            {k: type(v) for k, v in about.items()} == MANIFEST
-            and about["rows"]
-            and about["precision"] in PRECISIONS
-            and forms in ({"packed", "rest"}, {"override"})
-        ):
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+        about = Manifest(**json.loads((folder / "manifest.json").read_text()))
+        typed = all(type(getattr(about, f.name)) is f.type for f in dataclasses.fields(about))
+        known = typed and about.rows and about.precision in PRECISIONS
+        if known and set(about.files) in ({"packed", "rest"}, {"override"}):
             return about
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
-        pass
-    raise UserError(
-        f"{folder} is not an export: it has no manifest.json of one; make it with export.py"
-    )
+    raise UserError(f"{folder} is not an export, by its manifest.json; make it with export.py")
 
 
 def load_engine(folder, model_sha256=None, device="cpu"):
     """The engine in a folder that this script wrote; refuses one made of another model."""
     folder, device = Path(folder), torch.device(device)
     about = read_manifest(folder)
-    if model_sha256 and about["model_sha256"] != model_sha256:
-        raise UserError(
-            f"{folder} was made of another model ({about['name']}, sha256 {about['model_sha256'][:12]}...); give that with --model, or export this one"
-        )
-    if "rest" not in about["files"]:
-        raise UserError(
-            f"{folder} holds the form {'/'.join(about['files'])}, made to be looked at; videos need --form packed"
-        )
-    config, runners = (
-        sdit.check_config(sdit.SDiTConfig, about["config"], folder / "manifest.json"),
-        [],
-    )
-    for form in ("packed", "rest"):
-        path = folder / about["files"][form]
-        for name, digest in about["sha256"].items():
-            if name.startswith(f"{form}.") and (
-                not (folder / name).is_file() or data.sha256(folder / name) != digest
-            ):
-                raise UserError(f"{folder / name} is missing or not what was written; export again")
-        runners.append(
-            load_runner(
-                about["kind"],
-                path,
-                config,
-                form,
-                about["branches"],
-                PRECISIONS[about["precision"]],
-                device,
-            )
-        )
-    most = about["rows"][-1] if about["kind"] == "trt" else sys.maxsize
-    return Engine(folder.resolve().name, config, about["branches"], most, *runners)
+    if model_sha256 and about.model_sha256 != model_sha256:
+        made_of = f"another model ({about.name}, sha256 {about.model_sha256[:12]}...)"
+        raise UserError(f"{folder} was made of {made_of}; give that as --model, or export this one")
+    if "rest" not in about.files:
+        raise UserError(f"{folder} holds the form override; videos need --form packed")
+    config = sdit.check_config(sdit.SDiTConfig, about.config, folder / "manifest.json")
+
+    for name, digest in about.sha256.items():
+        path = folder / name
+        if not path.is_file() or data.sha256(path) != digest:
+            raise UserError(f"{path} is missing or not what was written; export again")
+    dtype = PRECISIONS[about.precision]
+    runners = [
+        load_runner(about.kind, folder / about.files[form], dtype, device)
+        for form in ("packed", "rest")
+    ]
+    most = about.rows[-1] if about.kind == "trt" else sys.maxsize
+    return Engine(folder.resolve().name, config, about.branches, most, *runners)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -657,23 +519,21 @@ TOLERANCE = dict(fp32=1e-5, fp16=5e-3, bf16=3e-2)  # relative L2 error against t
 @torch.no_grad()
 def reference(model, form, inputs):
     """What a graph must return, by the SDiT itself, one guidance branch at a time."""
-    x, t, c, anchor, guidance = (
-        inputs[k] for k in ("latents", "timesteps", "conditioning", "anchor", "guidance")
-    )
-    slot, branches = None if form == "unanchored" else anchor.item(), range(c.shape[1])
+    x, t, guidance = inputs["latents"], inputs["timesteps"], inputs["guidance"]
+    branches = inputs["conditioning"].unbind(1)  # (B, T, D) each
+    anchor = None if form == "unanchored" else inputs["anchor"].item()
     if form == "rest":
-        outputs = [
-            model.forward_rest(x, t, c[:, g], slot, inputs["anchor_kv"][:, :, g : g + 1])
-            for g in branches
-        ]
+        kv = inputs["anchor_kv"].split(1, 2)
+        outputs = [model.forward_rest(x, t, c, anchor, kv[g]) for g, c in enumerate(branches)]
     else:
-        outputs = [model(x, t, c[:, g], slot) for g in branches]
-    noise, v = zip(*(output.chunk(2, 2) for output in outputs))
-    guided = noise[-1] + guidance * (noise[0] - noise[-1]) if len(outputs) == 2 else noise[0]
-    expected = (torch.cat([guided, v[0]], 2),)
+        outputs = [model(x, t, c, anchor) for c in branches]
+
+    noise, sigma = zip(*(output.chunk(2, 2) for output in outputs))
+    guided = noise[-1] + guidance * (noise[0] - noise[-1]) if len(noise) == 2 else noise[0]
+    expected = (torch.cat([guided, sigma[0]], 2),)
     if form == "packed":
-        kept = [model.forward_first(x[:1], t[:1], c[:1, g], slot)[1] for g in branches]
-        expected += (torch.cat(kept, 2),)
+        kv = [model.forward_first(x[:1], t[:1], c[:1], anchor)[1] for c in branches]
+        expected += (torch.cat(kv, 2),)
     return expected
 
 
@@ -684,76 +544,70 @@ def relative_error(a, b):
 
 
 def verify(model, form, branches, run, most_rows=5):
-    """Largest error of a runner over rows, slots and timesteps, and what leaving out the anchor
-    would have cost in the same cases: an error far below it shows that the anchor is in the graph.
-    """
-    T, device = model.config.frames, next(model.parameters()).device
+    """Largest error of a runner over rows, slots and timesteps; and, as a control, the smallest
+    that a graph without the anchor would have there."""
+    T, device = model.config.frames, model.position.device
     errors, control = [], []
     for seed, (rows, slot, t) in enumerate([(1, 0, 0), (2, T // 2, 500), (5, T - 1, 999)]):
-        inputs = example(model.config, form, min(rows, most_rows), branches, slot, t, seed, device)
+        rows = min(rows, most_rows)
+        inputs = example(model.config, form, rows, branches, slot, t, seed, device)
         expected = reference(model, form, inputs)
         errors += [relative_error(a, b) for a, b in zip(run(inputs), expected, strict=True)]
-        if min(rows, most_rows) > 1 and form in ("override", "packed"):
+        if rows > 1 and form in ("override", "packed"):
             control.append(relative_error(reference(model, "unanchored", inputs)[0], expected[0]))
     return max(errors), min(control, default=None)
 
 
 def upcast(path, folder):
-    """A bfloat16 ONNX graph as the same graph in float32, its weights being still those rounded to
-    bfloat16: ONNX Runtime has no bfloat16 on CPUs, but can then run the structure. Returns its
-    path."""
+    """Copy a bfloat16 ONNX graph to `folder` with float32 in its place, weights still rounded: ONNX
+    Runtime has no bfloat16 on CPUs, but can run that. Returns the path."""
     import onnx
-    from onnx import TensorProto as P, numpy_helper
+    from onnx import TensorProto as P
+    from onnx import numpy_helper
 
-    proto, path = onnx.load(path), folder / Path(path).name
-    for tensor in proto.graph.initializer:
+    def to_float32(tensor):
         if tensor.data_type == P.BFLOAT16:
-            tensor.CopyFrom(
-                numpy_helper.from_array(
-                    numpy_helper.to_array(tensor).astype("float32"), tensor.name
-                )
-            )
-    for node in proto.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "to" and attribute.i == P.BFLOAT16:
-                attribute.i = P.FLOAT
-            if attribute.HasField("t") and attribute.t.data_type == P.BFLOAT16:
-                attribute.t.CopyFrom(
-                    numpy_helper.from_array(
-                        numpy_helper.to_array(attribute.t).astype("float32"), attribute.t.name
-                    )
-                )
+            values = numpy_helper.to_array(tensor).astype("float32")
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+    proto = onnx.load(path)
+    for tensor in proto.graph.initializer:
+        to_float32(tensor)
+    for attribute in (a for node in proto.graph.node for a in node.attribute):
+        to_float32(attribute.t)
+        if attribute.name == "to" and attribute.i == P.BFLOAT16:
+            attribute.i = P.FLOAT
     for value in [*proto.graph.input, *proto.graph.output]:
         if value.type.tensor_type.elem_type == P.BFLOAT16:
             value.type.tensor_type.elem_type = P.FLOAT
     del proto.graph.value_info[:]
+
+    path = folder / Path(path).name
     onnx.save(proto, path, save_as_external_data=True, location=f"{path.name}.data")
     return path
 
 
 def check(model, kind, path, form, precision, branches, device, rows):
-    """Compare one written graph with the model, print the errors, and raise UserError above
-    tolerance."""
+    """Compare a written graph with the model and print the error; UserError above tolerance."""
     dtype, note = PRECISIONS[precision], ""
     with tempfile.TemporaryDirectory() as scratch:
         if kind == "onnx" and precision == "bf16" and device.type == "cpu":
             path, dtype = upcast(path, Path(scratch)), torch.float32
             note = " (weights in bf16, computed in float32: no bf16 in ONNX Runtime on a CPU)"
-        run = load_runner(kind, path, model.config, form, branches, dtype, device)
+        run = load_runner(kind, path, dtype, device)
         error, control = verify(model, form, branches, run, rows[-1])
+
+    tolerance = f"{TOLERANCE[precision]:.0e}"
     against = "" if control is None else f"; without the anchor it would be {control:.2g}"
-    print(
-        f"{form:9} {kind} {precision}: largest relative error {error:.2g}, tolerance {TOLERANCE[precision]:.0e}{against}{note}"
-    )
+    found = f"largest relative error {error:.2g}, tolerance {tolerance}"
+    print(f"{form:9} {kind} {precision}: {found}{against}{note}")
     if not error <= TOLERANCE[precision]:
         raise UserError(
-            f"the {form} graph differs from the model by {error:.2g}, more than {TOLERANCE[precision]:.0e}; nothing was written; "
-            f"try another --precision"
+            f"the {form} graph differs from the model by {error:.2g}, more than {tolerance}; "
+            f"nothing was written; try another --precision"
         )
     if control is not None and control < 10 * error:
-        print(
-            f"note: this model's anchor moves its output by {control:.2g} only, too little to tell an override from none (is it trained?)"
-        )
+        print("note: without the anchor the error would be hardly larger (is the model trained?)")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -764,10 +618,9 @@ def random_model(name, frames, seed=0):
     """A model of a named size with random weights, none of them zero, to measure with."""
     torch.manual_seed(seed)
     model = sdit.SDiT(sdit.make_config(name, frames))
-    for m in (*model.blocks, model.final_layer):
-        nn.init.normal_(m.adaLN_modulation[1].weight, std=0.02)
-        nn.init.normal_(m.adaLN_modulation[1].bias, std=0.1)
-    nn.init.xavier_uniform_(model.final_layer.linear.weight)
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
     return model.eval().requires_grad_(False)
 
 
@@ -784,277 +637,103 @@ def write_graph(model, kind, form, a, folder, device):
     graph = build_graph(model, form, a.precision, a.branches)
     if kind == "torchscript":
         return write_torchscript(graph, form, folder)
-    trt = import_tensorrt(device) if kind == "trt" else None
+    if kind == "onnx":
+        return write_onnx(graph, form, folder)
+
+    trt = import_tensorrt(device)
     path = write_onnx(graph, form, folder)
-    if trt:
-        gpu = torch.cuda.get_device_name(device).replace(" ", "-")
-        name = f"{form}.{data.sha256(path)[:12]}-{a.precision}-trt{trt.__version__}-{gpu}.plan"
-        with torch.cuda.device(device):
-            build_plan(trt, path, folder / name, a.rows, a.out / "timing.cache")
-        for used in (path, path.with_suffix(".onnx.data")):
-            used.unlink(missing_ok=True)
-        path = folder / name
-    return path
+    gpu = torch.cuda.get_device_name(device).replace(" ", "-")
+    name = f"{form}.{data.sha256(path)[:12]}-{a.precision}-trt{trt.__version__}-{gpu}.plan"
+    with torch.cuda.device(device):
+        build_plan(trt, path, folder / name, a.rows, a.out / "timing.cache")
+    for used in (path, path.with_suffix(".onnx.data")):
+        used.unlink(missing_ok=True)
+    return folder / name
+
+
+@contextlib.contextmanager
+def atomic_folder(path):
+    """A temporary folder that takes the place of `path` when the block ends well; else it goes."""
+    fresh, older = (sdit.hidden(path, ending) for ending in (".tmp", ".old"))
+    try:
+        for left in (fresh, older):  # by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        fresh.mkdir()
+        yield fresh
+        if path.exists():
+            os.replace(path, older)
+        os.replace(fresh, path)
+    finally:
+        for folder in (fresh, older):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def export(model, digest, kind, a, device):
     """Write, check and name one artefact. Returns its folder."""
-    extra = ("" if a.form == "packed" else f"-{a.form}") + ("" if a.branches == 2 else "-unguided")
-    final = (
-        a.out
-        / f"{model.config.name.replace('/', '-')}-{model.config.frames}-{kind}-{a.precision}{extra}"
-    )
+    start, config = time.perf_counter(), model.config
+    name = f"{config.name.replace('/', '-')}-{config.frames}-{kind}-{a.precision}"
+    if a.form != "packed":
+        name += f"-{a.form}"
+    if a.branches == 1:
+        name += "-unguided"
+    final = a.out / name
     if final.exists():
-        known = set(read_manifest(final)["sha256"]) | {"manifest.json"}
-        if others := sorted(p.name for p in final.iterdir() if p.name not in known):
-            raise UserError(
-                f"{final} also holds {others[0]}, which is not the export's; move it, or choose another --out"
-            )
-    fresh = sdit.hidden(final, ".tmp")  # renamed as one, since ONNX graphs name their weights' file
-    with data.owned(final):
-        return export_into(model, digest, kind, a, device, fresh, final)
+        known = {*read_manifest(final).sha256, "manifest.json"}
+        if others := sorted({p.name for p in final.iterdir()} - known):
+            cure = "move it, or choose another --out"
+            raise UserError(f"{final} also holds {others[0]}, which is not the export's; {cure}")
 
+    with data.owned(final), atomic_folder(final) as folder:
+        forms = ["packed", "rest"] if a.form == "packed" else [a.form]
+        files = {}
+        for form in tqdm(forms, kind, unit="graph", leave=False, disable=None):
+            path = write_graph(model, kind, form, a, folder, device)
+            check(model, kind, path, form, a.precision, a.branches, device, a.rows)
+            files[form] = path.name
 
-def export_into(model, digest, kind, a, device, fresh, final):
-    shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed
-    fresh.mkdir()
-    try:
-        files, start = {}, time.perf_counter()
-        for form in tqdm(
-            ["packed", "rest"] if a.form == "packed" else [a.form],
-            desc=kind,
-            unit="graph",
-            leave=False,
-            disable=None,
-        ):
-            files[form] = write_graph(model, kind, form, a, fresh, device)
-            check(model, kind, files[form], form, a.precision, a.branches, device, a.rows)
-        written = sorted(p for p in fresh.iterdir())
-        about = dict(
-            name=model.config.name,
+        written = sorted(folder.iterdir())
+        packages = "torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "tensorrt"
+        about = Manifest(
+            name=config.name,
             kind=kind,
             precision=a.precision,
             branches=a.branches,
             rows=a.rows,
             opset=OPSET,
             model_sha256=digest,
-            files={k: p.name for k, p in files.items()},
-            sha256={p.name: data.sha256(p) for p in written},
-            bytes={p.name: p.stat().st_size for p in written},
-            config=dataclasses.asdict(model.config),
-            versions=versions(
-                "torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "tensorrt"
-            ),
+            files=files,
+            sha256={path.name: data.sha256(path) for path in written},
+            bytes={path.name: path.stat().st_size for path in written},
+            config=dataclasses.asdict(config),
+            versions=versions(*packages),
         )
-        (fresh / "manifest.json").write_text(json.dumps(about, indent=1))
-        older = sdit.hidden(final, ".old")
-        shutil.rmtree(older, ignore_errors=True)
-        if final.exists():
-            os.replace(final, older)
-        os.replace(fresh, final)
-        shutil.rmtree(older, ignore_errors=True)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        2**20 if sys.platform != "darwin" else 2**30
-    )
-    print(
-        f"{final}: {sum(about['bytes'].values()) / 2**20:,.0f} MiB, {time.perf_counter() - start:.0f} s, peak memory {peak:.1f} GiB"
-    )
+        (folder / "manifest.json").write_text(json.dumps(dataclasses.asdict(about), indent=1))
+
+    size = sum(about.bytes.values()) / 2**20
+    seconds, peak = time.perf_counter() - start, data.peak_memory()
+    print(f"{final}: {size:,.0f} MiB, {seconds:.0f} s, peak memory {peak:.1f} GiB")
     return final
-
-
-def peak_memory(run, device):
-    """MiB that a call takes at its height beyond what is held before it; None where the system does
-    not tell."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        torch.cuda.synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-
-    def read(field):
-        return (
-            int(
-                next(
-                    line for line in status.read_text().splitlines() if line.startswith(field)
-                ).split()[1]
-            )
-            / 1024
-        )
-
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the height so far
-    except OSError:
-        return None
-    before = read("VmRSS")
-    run()
-    return max(0.0, read("VmHWM") - before)
-
-
-def bench_runners(model, a, device, folder):
-    """{(backend, form): runner or the reason why there is none}."""
-    runners, dtype = {}, PRECISIONS[a.precision]
-    for form in ("unanchored", "override", "packed"):
-        graph = build_graph(model, form, a.precision, a.branches).to(device)
-        runners["eager", form] = functools.partial(run_module, graph, dtype)
-        runners["compiled", form] = functools.partial(run_module, torch.compile(graph), dtype)
-        for kind in ("torchscript", "onnx", "trt"):
-            try:
-                (folder / kind).mkdir(exist_ok=True)
-                path = write_graph(model, kind, form, a, folder / kind, device)
-                runners[kind, form] = load_runner(
-                    kind, path, model.config, form, a.branches, dtype, device
-                )
-            except (UserError, RuntimeError) as e:
-                runners[kind, form] = str(e).partition("\n")[0]
-    return runners
-
-
-def bench(model, a, device, repeat=7):
-    """Time one evaluation of the typical number of rows by every backend and form, each in turn,
-    after two warm calls: medians, ratios to eager override."""
-    a.out, inputs = (
-        Path(tempfile.mkdtemp()),
-        example(
-            model.config, "packed", a.rows[0], a.branches, model.config.frames // 2, device=device
-        ),
-    )
-    seconds, memory, missing = {}, {}, {}
-    try:
-        runners = bench_runners(model, a, device, a.out)
-        for key, run in tqdm(
-            runners.items(), desc="warming up", unit="graph", leave=False, disable=None
-        ):
-            if isinstance(run, str):
-                missing[key] = run
-                continue
-            try:
-                error = relative_error(run(inputs)[0], reference(model, key[1], inputs)[0])
-                if not error <= TOLERANCE[a.precision]:
-                    raise RuntimeError(f"differs from the model by {error:.2g}")
-                run(inputs)
-                seconds[key] = []
-                # those allocate beside torch on a GPU
-                if device.type == "cpu" or key[0] not in ("onnx", "trt"):
-                    memory[key] = peak_memory(lambda: run(inputs), device)
-            except Exception as e:  # a backend that fails is a row of the table
-                missing[key] = str(e).partition("\n")[0]
-        for _ in tqdm(range(repeat), desc="timing", unit="round", leave=False, disable=None):
-            for key in seconds:
-                start = time.perf_counter()
-                runners[key](inputs)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                seconds[key].append(time.perf_counter() - start)
-    finally:
-        shutil.rmtree(a.out, ignore_errors=True)
-    report(
-        model,
-        a,
-        device,
-        {k: statistics.median(v) for k, v in seconds.items()},
-        memory,
-        missing,
-        repeat,
-    )
-
-
-def report(model, a, device, seconds, memory, missing, repeat):
-    """Print the table of `bench`; the last line is JSON."""
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{platform.processor() or platform.machine()} CPU"
-    )
-    hardware = f"{name}, {torch.get_num_threads()} threads"
-    found, base = (
-        versions("torch", "onnxruntime-gpu", "onnxruntime", "tensorrt"),
-        seconds.get(("eager", "override"), math.nan),
-    )
-    print(
-        f"{model.config.name}, T = {model.config.frames}, {a.rows[0]} rows, {a.branches} guidance branch(es), {a.precision}; {hardware}; {found}; "
-        f"median of {repeat}\n\n| | unanchored | override | packed | peak memory, packed |\n|---|---|---|---|---|"
-    )
-    for backend in dict.fromkeys(b for b, _ in seconds):
-        cells = [
-            f"{seconds[backend, f] * 1e3:,.1f} ms ({seconds[backend, f] / base:.2f})"
-            if (backend, f) in seconds
-            else "-"
-            for f in ("unanchored", "override", "packed")
-        ]
-        held = memory.get((backend, "packed"))
-        # less is not seen
-        print(
-            f"| {backend} | {' | '.join(cells)} | {f'{held:,.0f} MiB' if held and held >= 1 else '-'} |"
-        )
-    for reason in dict.fromkeys(f"{backend}: {reason}" for (backend, _), reason in missing.items()):
-        print(f"not there: {reason}")
-    print(
-        json.dumps(
-            dict(
-                model=model.config.name,
-                frames=model.config.frames,
-                rows=a.rows[0],
-                branches=a.branches,
-                precision=a.precision,
-                hardware=hardware,
-                versions=found,
-                repeat=repeat,
-                ms={f"{b} {f}": v * 1e3 for (b, f), v in seconds.items()},
-                peak_mib={f"{b} {f}": v for (b, f), v in memory.items()},
-            )
-        )
-    )
 
 
 def arguments():
     ap = data.Parser(__doc__)
-    for kind, text in (
-        ("onnx", "ONNX graphs, for ONNX Runtime and others"),
-        ("torchscript", "TorchScript modules"),
-        ("trt", "TensorRT engines for the GPU of this machine"),
-        ("bench", "time every form and backend that is there"),
-    ):
-        ap.add_argument(f"--{kind}", action="store_true", help=text)
-    ap.add_argument(
-        "--model", type=Path, default=DEMO / "sdit.safetensors", help="model file made by train.py"
-    )
-    ap.add_argument(
-        "--size", help="random weights of this size instead of a model, to measure: XL/2 ..."
-    )
-    ap.add_argument(
-        "--frames", type=data.number(int, 2, 10_000), default=8, help="frames a row, with --size"
-    )
-    ap.add_argument(
-        "--out",
-        type=Path,
-        default=Path("export"),
-        help="folder that the export's own folder goes into",
-    )
-    ap.add_argument(
-        "--form",
-        choices=["packed", "override"],
-        default="packed",
-        help="packed: fast, any length; override: the paper's rule as written",
-    )
-    ap.add_argument(
-        "--precision",
-        choices=list(PRECISIONS),
-        help="default: bf16 for TensorRT and for --bench on a GPU, else fp32",
-    )
-    ap.add_argument(
-        "--branches",
-        type=int,
-        choices=[1, 2],
-        default=2,
-        help="2: with classifier-free guidance inside; 1: without, half the work",
-    )
-    ap.add_argument(
+    add = ap.add_argument
+    add("--onnx", action="store_true", help="ONNX graphs, for ONNX Runtime and others")
+    add("--torchscript", action="store_true", help="TorchScript modules")
+    add("--trt", action="store_true", help="TensorRT engines for the GPU of this machine")
+    add("--bench", action="store_true", help="time every form and backend that is there")
+    add("--model", type=Path, default=DEMO / "sdit.safetensors", help="model file of train.py")
+    add("--size", help="random weights of this size instead of a model, to measure: XL/2 ...")
+    frames = data.number(int, 2, 10_000)
+    add("--frames", type=frames, default=8, help="frames a row, with --size")
+    add("--out", type=Path, default=Path("export"), help="folder for the export's own folder")
+    forms = "packed: fast, any length; override: the paper's rule as written"
+    add("--form", choices=["packed", "override"], default="packed", help=forms)
+    precision = "default: bf16 for TensorRT and for --bench on a GPU, else fp32"
+    add("--precision", choices=list(PRECISIONS), help=precision)
+    branches = "2: with classifier-free guidance inside; 1: without, half the work"
+    add("--branches", type=int, choices=[1, 2], default=2, help=branches)
+    add(
         "--rows",
         type=data.number(int, 1, 10_000),
         nargs=2,
@@ -1062,12 +741,11 @@ def arguments():
         metavar=("TYPICAL", "MOST"),
         help="rows at once of a TensorRT engine; --bench takes the typical number",
     )
-    ap.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
+    add("--device", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
     a = ap.parse_args()
+
     if a.rows[0] > a.rows[1]:
-        raise UserError(
-            f"--rows {' '.join(map(str, a.rows))} is not two numbers, the second the larger"
-        )
+        raise UserError(f"--rows {a.rows[0]} {a.rows[1]}: the second must be the larger number")
     if not (a.onnx or a.torchscript or a.trt or a.bench):
         raise UserError("choose what to make: --onnx, --torchscript, --trt, or --bench")
     return a
@@ -1079,22 +757,24 @@ def main():
     if a.trt:
         import_tensorrt(device)  # said before the work
     torch.backends.cudnn.allow_tf32 = False  # the model to compare with is float32
-    model = (
-        random_model(a.size, a.frames).to(device) if a.size else sdit.load_model(a.model, device)
-    )
-    digest = "random" if a.size else data.sha256(a.model)
+    if a.size:
+        model, digest = random_model(a.size, a.frames).to(device), "random"
+    else:
+        model, digest = sdit.load_model(a.model, device), data.sha256(a.model)
     if model.config.frames < 2:
-        raise UserError(
-            "rows of one frame have no anchor to share; export a model of two frames and more"
-        )
+        raise UserError("rows of one frame share no anchor; export a model of two frames or more")
+
     for kind in ("onnx", "torchscript", "trt"):
         if getattr(a, kind):
             a.precision = precision or ("bf16" if kind == "trt" else "fp32")
             export(model, digest, kind, a, device)
     if a.bench:
+        sys.path.append(str(DEMO))
+        import bench
+
         half = device.type == "cuda" and sdit.has_bf16("cuda")
         a.precision = precision or ("bf16" if half else "fp32")
-        bench(model, a, device)
+        bench.bench(model, a, device)
 
 
 if __name__ == "__main__":

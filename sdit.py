@@ -15,6 +15,7 @@ the scene vector, 478 landmarks.
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import math
 import os
@@ -137,6 +138,16 @@ def modulate(x, shift, scale):
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
+def attend(q, k, v):
+    """Attention over (B, heads, tokens, d)."""
+    # training on a CPU: the fused kernel's backward pass is slower there than plain products
+    if q.requires_grad and q.device.type == "cpu" and q.dtype is torch.bfloat16:
+        with torch.autocast("cpu", enabled=False):  # softmax in bfloat16
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+            return scores.softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class AnchorBank:
     """Keys and values of the anchor in every layer: a key-value cache of one frame (paper 3.2).
 
@@ -146,15 +157,15 @@ class AnchorBank:
     def __init__(self, slot=None, kv=()):
         self.slot, self.written, self.unread = slot, [], iter(kv)
 
-    def update(self, k, v, N):
-        """Keys and values of one layer, (B, heads, TN, d) each, as its queries see them."""
+    def attend(self, q, k, v, N):
+        """Attention in one layer, over (B, heads, TN, d)."""
         if self.slot is not None:
             anchor = slice(self.slot * N, (self.slot + 1) * N)
             self.written.append(torch.stack([k[:1, :, anchor], v[:1, :, anchor]]))
-            return k, v
-
-        shared_k, shared_v = next(self.unread).expand(-1, len(k), -1, -1, -1)
-        return torch.cat([k, shared_k], 2), torch.cat([v, shared_v], 2)  # (B, heads, TN + N, d)
+        else:
+            shared_k, shared_v = next(self.unread).expand(-1, k.shape[0], -1, -1, -1)
+            k, v = torch.cat([k, shared_k], 2), torch.cat([v, shared_v], 2)  # (B, .., TN + N, d)
+        return attend(q, k, v)
 
 
 class Attention(nn.Module):
@@ -173,16 +184,7 @@ class Attention(nn.Module):
         # unbound before the transpose: the backward pass then writes the gradient of qkv once
         parts = self.qkv(x).view(B, T * N, 3, self.heads, D // self.heads).unbind(2)
         q, k, v = (z.transpose(1, 2) for z in parts)  # (B, heads, TN, d)
-        if bank:
-            k, v = bank.update(k, v, N)
-
-        # training on a CPU: the fused kernel's backward pass is slower there than plain products
-        if q.requires_grad and q.device.type == "cpu" and q.dtype is torch.bfloat16:
-            with torch.autocast("cpu", enabled=False):  # softmax in bfloat16
-                scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, TN, TN)
-                x = scores.softmax(-1) @ v
-        else:
-            x = F.scaled_dot_product_attention(q, k, v)
+        x = bank.attend(q, k, v, N) if bank else attend(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(B, T, N, D))  # from (B, heads, TN, d)
 
 
@@ -316,13 +318,13 @@ class Mapping(nn.Module):
 # The model
 
 
-def override(x, anchor):
-    """Eq. 3: the anchor's slot of every row becomes that of row 0. x (B, T, ...); `anchor` a slot,
-    or None for no anchoring. Attention stays within a row, so row 0 is what it would be alone, and
-    all other rows read of it, in every layer, nothing but this slot."""
+def override(x, anchor, axis=1):
+    """Eq. 3: the anchor's slot of every row becomes that of row 0. x (B, T, ...), T on `axis`;
+    `anchor` a slot, or None for no anchoring. Attention stays within a row, so row 0 is what it
+    would be alone, and all other rows read of it, in every layer, nothing but this slot."""
     if anchor is None:
         return x
-    slots = torch.arange(x.shape[1], device=x.device).view(-1, *[1] * (x.dim() - 2))
+    slots = torch.arange(x.shape[axis], device=x.device).view(-1, *[1] * (x.dim() - axis - 1))
     return torch.where(slots == anchor, x[:1], x)
 
 
@@ -371,11 +373,12 @@ class SDiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def embed(self, latents, time_position):
-        """Tokens (B, T, N, D) of latents (B, T, C, H, W), in slots encoded by time_position (T, D).
+        """Tokens (B, T, N, D) of latents (B, T, C, H, W), in slots encoded by time_position (T, D),
+        or (B, T, D) where rows differ.
 
         The temporal encoding (paper 3.1: TPE_1 ... TPE_T) is that of the slot; real time is left to
         the conditioning. Paper silent on where: added at the input."""
-        position = self.position + time_position[:, None]  # (T, N, D)
+        position = self.position + time_position.unsqueeze(-2)  # (T, N, D) or (B, T, N, D)
         return self.x_embedder(latents.to(position.dtype)) + position
 
     def unpatchify(self, x):
@@ -407,7 +410,8 @@ class SDiT(nn.Module):
         throughout the model architecture"). Returns (B, T, 2C, H, W): the noise, then the learned
         sigma (see `NoiseSchedule.log_variance`)."""
         time_position = self.time_position[: latents.shape[1]]  # (T, D)
-        return self._denoise(latents, timesteps, conditioning, time_position, anchor=anchor)
+        rule = functools.partial(override, anchor=anchor)
+        return self.denoise(latents, timesteps, conditioning, time_position, rule)
 
     def forward_first(self, latents, timesteps, conditioning, anchor):
         """`forward` of row 0 alone, (1, T, ...): what it makes of its anchor is what all rows read.
@@ -416,7 +420,7 @@ class SDiT(nn.Module):
         (depth, 2, 1, heads, N, D / heads): one step of the anchor bank."""
         time_position = self.time_position[: latents.shape[1]]  # (T, D)
         bank = AnchorBank(anchor)
-        output = self._denoise(latents, timesteps, conditioning, time_position, bank=bank)
+        output = self.denoise(latents, timesteps, conditioning, time_position, bank=bank)
         return output, torch.stack(bank.written)
 
     def forward_rest(self, latents, timesteps, conditioning, anchor, anchor_kv):
@@ -428,17 +432,20 @@ class SDiT(nn.Module):
         before, after = self.time_position[:anchor], self.time_position[anchor + 1 : T]
         time_position = torch.cat([before, after])  # (T - 1, D)
         bank = AnchorBank(kv=anchor_kv)
-        return self._denoise(latents, timesteps, conditioning, time_position, bank=bank)
+        return self.denoise(latents, timesteps, conditioning, time_position, bank=bank)
 
-    def _denoise(self, latents, timesteps, conditioning, time_position, anchor=None, bank=None):
-        """The transformer, on frames in slots that are encoded by time_position (T, D)."""
-        latents = override(latents, anchor)  # (B, T, C, H, W)
+    def denoise(
+        self, latents, timesteps, conditioning, time_position, override=lambda x: x, bank=None
+    ):
+        """The transformer, on frames in slots that are encoded by time_position (see `embed`). Rows
+        share an anchor by `override`, by the keys and values in `bank`, or not at all."""
+        latents = override(latents)  # (B, T, C, H, W)
 
         # added, as DiT adds its class (paper silent on how timestep and conditioning meet)
-        c = override(self.t_embedder(timesteps)[:, None] + conditioning, anchor)  # (B, T, D)
-        x = override(self.embed(latents, time_position), anchor)  # (B, T, N, D)
+        c = override(self.t_embedder(timesteps)[:, None] + conditioning)  # (B, T, D)
+        x = override(self.embed(latents, time_position))  # (B, T, N, D)
         for block in self.blocks:
-            x = override(block(x, c, bank), anchor)
+            x = override(block(x, c, bank))
 
         output = self.unpatchify(self.final_layer(x, c))  # (B, T, 2C, H, W)
         return self.predict_noise(output, latents, timesteps)

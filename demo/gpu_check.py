@@ -263,9 +263,7 @@ def engines(bench):
                     run = functools.partial(export.run_module, torch.compile(graph), dtype)
                 else:
                     path = export.write_graph(model, kind, "packed", a, Path(folder), bench.device)
-                    run = export.load_runner(
-                        kind, path, model.config, "packed", 2, dtype, bench.device
-                    )
+                    run = export.load_runner(kind, path, dtype, bench.device)
                 error, seconds = export.relative_error(run(inputs)[0], expected), []
                 for _ in range(10 if bench.cuda else 2):
                     bench.wait()

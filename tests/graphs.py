@@ -38,8 +38,8 @@ def onnx_graph(tmp_path_factory):
     return write
 
 
-def runner(model, kind, path, form, precision="fp32", branches=2):
-    return export.load_runner(kind, path, model.config, form, branches, export.PRECISIONS[precision], CPU)
+def runner(kind, path, precision="fp32"):
+    return export.load_runner(kind, path, export.PRECISIONS[precision], CPU)
 
 
 def cases(model, form, branches=2):

@@ -24,7 +24,7 @@ from sdit import UserError
 @pytest.mark.parametrize("form", ["override", "packed", "rest"])
 def test_float32_graphs_equal_the_model(small_model, onnx_graph, tmp_path, form, kind):
     path = onnx_graph(small_model, form, "fp32") if kind == "onnx" else export.write_torchscript(export.build_graph(small_model, form), form, tmp_path)
-    run = runner(small_model, kind, path, form)
+    run = runner(kind, path)
     for inputs in cases(small_model, form):
         for result, expected in zip(run(inputs), export.reference(small_model, form, inputs), strict=True):
             assert result.shape == expected.shape
@@ -47,7 +47,7 @@ def test_graphs_in_float64(small_model, form, branches):
 
 @both_predictions
 def test_packed_equals_override(small_model, onnx_graph):
-    packed, override = (runner(small_model, "onnx", onnx_graph(small_model, form, "fp32"), form) for form in ("packed", "override"))
+    packed, override = (runner("onnx", onnx_graph(small_model, form, "fp32")) for form in ("packed", "override"))
     for inputs in cases(small_model, "packed"):
         assert export.relative_error(packed(inputs)[0], override(inputs)[0]) <= 1e-5
 
@@ -55,7 +55,7 @@ def test_packed_equals_override(small_model, onnx_graph):
 def test_a_missing_override_would_be_seen(small_model, onnx_graph):
     unanchored = export.build_graph(small_model, "unanchored")
     for form in ("override", "packed"):
-        run = runner(small_model, "onnx", onnx_graph(small_model, form, "fp32"), form)
+        run = runner("onnx", onnx_graph(small_model, form, "fp32"))
         for inputs in cases(small_model, form):
             if len(inputs["latents"]) > 1:
                 assert export.relative_error(export.run_module(unanchored, torch.float32, inputs)[0], run(inputs)[0]) > 1e-2
@@ -75,7 +75,7 @@ def test_branches_read_their_own_anchor(small_model):
 @both_predictions
 def test_row_0_decides_for_all_rows_and_they_share_the_anchor(small_model, onnx_graph):
     for form in ("override", "packed"):
-        run = runner(small_model, "onnx", onnx_graph(small_model, form, "fp32"), form)
+        run = runner("onnx", onnx_graph(small_model, form, "fp32"))
         inputs = export.example(small_model.config, form, 5, anchor=2)
         result = run(inputs)[0]
         assert all(torch.equal(row[2], result[0, 2]) for row in result)
@@ -169,15 +169,15 @@ def test_tensorrt_runs_on_the_device_of_its_inputs(small_model, monkeypatch):
     def run(stream):
         done.append(list(entered))
         return True
-    engine = SimpleNamespace(num_io_tensors=1, get_tensor_name=lambda i: "latents")
-    context = SimpleNamespace(engine=engine, infer_shapes=list, execute_async_v3=run,
+    engine = SimpleNamespace(num_io_tensors=2, get_tensor_name=lambda i: ("latents", "output")[i])
+    context = SimpleNamespace(engine=engine, infer_shapes=list, execute_async_v3=run, get_tensor_shape=lambda _: (1,),
                               set_tensor_address=lambda *_: None, set_input_shape=lambda *_: True)
     stream = SimpleNamespace(wait_stream=lambda _: None, cuda_stream=0)
     monkeypatch.setattr(torch.cuda, "device", on)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
     inputs = export.example(small_model.config, "override", 1)
-    export.run_plan(context, stream, small_model.config, "override", 2, torch.float32, inputs)
+    export.run_plan(context, stream, torch.float32, inputs)
     assert done == [[CPU]]
 
 
