@@ -1532,8 +1532,9 @@ def launcher():
 
 
 def leave(code, text):
-    """End this process with one sentence. Under torchrun one rank speaks and ends the launcher, which
-    would add a traceback (not by SIGKILL: 137 is taken for a lack of memory); the ranks follow."""
+    """End this process with one sentence. Under torchrun one rank speaks and ends the launcher,
+    which would add a traceback; the others follow. (Not by SIGKILL, whose 137 looks like a lack of
+    memory.)"""
     try:
         if SAID:
             SAID.touch(exist_ok=False)

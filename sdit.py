@@ -1,5 +1,7 @@
 """sDiT, the diffusion transformer for short sequences of frames, and its autoencoder.
 
+"The paper" is Anchored Diffusion for Video Face Reenactment, arXiv 2407.15153.
+
     SDiTConfig, make_config     the sizes, "XL/2" ... "demo"
     Attention, Block, Mapping   the building blocks
     SDiT                        the denoiser (paper 3.1); `forward` overrides the anchor (paper 3.2)
@@ -8,8 +10,8 @@
     save_model, load_model      safetensors files that carry their own configuration
 
 Shapes use one alphabet in the whole repository: B rows (sequences in a batch), T frames in a row, N
-tokens of a frame, D width, (C, H, W) the latent of a frame, M frames of a whole video, S width of
-the scene vector, 478 landmarks.
+tokens of a frame, D width, d width of a head, (C, H, W) the latent of a frame, (h, w) its pixels, p
+side of a patch, M frames of a whole video, S width of the scene vector, 478 landmarks.
 """
 
 import contextlib
@@ -48,7 +50,7 @@ class UserError(ValueError):
 def has_bf16(device):
     """Whether the device multiplies matrices in bfloat16 in hardware; elsewhere it is slower than
     float32."""
-    if device == "cuda":
+    if torch.device(device).type == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
@@ -75,7 +77,7 @@ class SDiTConfig:
     clip: str = ""
     clip_sha256: str = ""
     prediction: str = "epsilon"  # or "v", see `SDiT.predict_noise`
-    # mean scene vector of the training set, (S,): tells train.py its data
+    # mean scene vector of the training set, (S,): train.py recognises the data by it
     scene_mean: list = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
@@ -103,7 +105,9 @@ def make_config(name, frames=8, **rest):
         sizes = dict(zip(("depth", "width", "heads"), SIZES[size]), patch=int(patch))
     else:
         known = ", ".join(SIZES)
-        raise UserError(f"no model size {name!r}; choose demo or {known} with /2, /4 or /8: XL/2")
+        raise UserError(
+            f"no model size {name!r}; choose demo or {known} with /2, /4 or /8, as XL/2"
+        )
 
     config = SDiTConfig(name=name, frames=frames, **sizes | rest)
     if config.latent_size % config.patch:
@@ -151,14 +155,14 @@ def attend(q, k, v):
 class AnchorBank:
     """Keys and values of the anchor in every layer: a key-value cache of one frame (paper 3.2).
 
-    With `slot`, row 0 writes those of its anchor; without, other rows read `kv`, a sequence of
-    tensors (2, 1, heads, N, D / heads), one a layer. Serves one pass through the blocks."""
+    With `slot`, row 0 writes those of its anchor; without, other rows read `kv`, a tensor (2, 1,
+    heads, N, d) for each layer. Serves one pass through the blocks, one denoising step."""
 
     def __init__(self, slot=None, kv=()):
         self.slot, self.written, self.unread = slot, [], iter(kv)
 
     def attend(self, q, k, v, N):
-        """Attention in one layer, over (B, heads, TN, d)."""
+        """Attention of rows (B, heads, TN, d) in the next layer."""
         if self.slot is not None:
             anchor = slice(self.slot * N, (self.slot + 1) * N)
             self.written.append(torch.stack([k[:1, :, anchor], v[:1, :, anchor]]))
@@ -278,13 +282,16 @@ class Mapping(nn.Module):
         self.input = nn.Linear(scene_width + LANDMARK_COMPONENTS, width)
         self.blocks = nn.Sequential(*[ResidualMLP(width) for _ in range(blocks)])
 
+        # set by `data.Rows.statistics`; the basis holds principal components, divided by their
+        # standard deviations
         self.register_buffer("landmark_mean", torch.zeros(LANDMARKS, 3))
         self.register_buffer("landmark_basis", torch.eye(3 * LANDMARKS, LANDMARK_COMPONENTS))
         self.register_buffer("scene_mean", torch.zeros(scene_width))
         self.register_buffer("scene_gain", torch.tensor(LANDMARK_COMPONENTS**0.5))
 
-        # At the start C_t's entries vary by about 1, those of t's embedding by this: two layers of
-        # standard deviation 0.02, SiLU's slope of 1/2, and the 96 of its 128 waves that turn.
+        # At the start the entries of C_t have a standard deviation of about 1, and those of the
+        # timestep's embedding, to which it is added, of this: two layers of 0.02, the slope 1 / 2
+        # of SiLU, and 96 of 128 waves that complete a radian within 1000 steps.
         self.register_buffer("output_gain", torch.tensor(0.02**2 / 2 * math.sqrt(96 * width)))
 
     def forward(self, scene=None, landmarks=None, drop=None):
@@ -343,11 +350,11 @@ class SDiT(nn.Module):
         self.register_buffer("position", position, persistent=False)  # (N, D)
         time_position = sinusoid(D, torch.arange(config.frames))
         self.register_buffer("time_position", time_position, persistent=False)  # (T, D)
-        self.roots = NoiseSchedule(position.device).roots  # no buffer: `to` would round it
+        self.roots = NoiseSchedule(position.device).roots  # not a buffer, which `to` would round
         self.initialise()
 
     def _apply(self, fn, recurse=True):
-        """Of `to`: the schedule follows to the device, in a precision of its own."""
+        """Called by `to`: the schedule follows to the device, in a precision of its own."""
         super()._apply(fn, recurse)
         self.roots = NoiseSchedule(self.position.device).roots
         return self
@@ -390,25 +397,26 @@ class SDiT(nn.Module):
     def predict_noise(self, output, latents, timesteps):
         """The noise, then the learned sigma, that the network's output (B, T, 2C, H, W) stands for.
 
-        The paper's network predicts the noise, as DiT does. With v (Salimans and Ho 2022) it need
-        not copy x_t exactly at large t: x_t comes in here, in float32 whatever the precision."""
+        The paper's network predicts the noise eps, as DiT does. With v-prediction (Salimans and Ho
+        2022) it predicts v = sqrt(abar) eps - sqrt(1 - abar) x_0, and so eps is sqrt(1 - abar) x_t
+        + sqrt(abar) v: it need not copy x_t, which comes in here in float32."""
         if self.config.prediction == "epsilon":
             return output
 
         dtype = torch.promote_types(output.dtype, torch.float32)
         roots = self.roots.to(latents.device, dtype).index_select(1, timesteps)  # (2, B)
-        signal, noise = roots.view(2, -1, 1, 1, 1, 1).unbind(0)  # (B, 1, 1, 1, 1)
-        v, sigma = output.to(dtype).chunk(2, 2)  # (B, T, C, H, W)
-        return torch.cat([noise * latents.to(dtype) + signal * v, sigma], 2)
+        root_abar, root_rest = roots.view(2, -1, 1, 1, 1, 1).unbind(0)  # (B, 1, 1, 1, 1)
+        velocity, sigma = output.to(dtype).chunk(2, 2)  # (B, T, C, H, W)
+        return torch.cat([root_rest * latents.to(dtype) + root_abar * velocity, sigma], 2)
 
     def forward(self, latents, timesteps, conditioning, anchor=None):
         """One denoising evaluation, and the definition of anchoring.
 
         latents (B, T, C, H, W), timesteps (B,) in 0..999, conditioning (B, T, D) from
-        `self.mapping`. With `anchor`, a slot, rows 1.. take row 0's conditioning of it, once, and
-        row 0's tokens of it after the input embedding and after every block (Eq. 3; "in all layers
-        throughout the model architecture"). Returns (B, T, 2C, H, W): the noise, then the learned
-        sigma (see `NoiseSchedule.log_variance`)."""
+        `self.mapping`. With `anchor`, a slot, rows 1.. take row 0's latents, timestep and
+        conditioning in it; then its tokens, after the embedding and after every block (Eq. 3; "in
+        all layers throughout the model architecture"). Returns (B, T, 2C, H, W): the noise, then
+        the learned sigma (see `NoiseSchedule.log_variance`)."""
         time_position = self.time_position[: latents.shape[1]]  # (T, D)
         rule = functools.partial(override, anchor=anchor)
         return self.denoise(latents, timesteps, conditioning, time_position, rule)
@@ -426,8 +434,9 @@ class SDiT(nn.Module):
     def forward_rest(self, latents, timesteps, conditioning, anchor, anchor_kv):
         """`forward` of rows 1.. without their anchors: latents (B, T - 1, C, H, W) -> (.., 2C, ..).
 
-        What they compute for their anchor is thrown away in every layer. So they need only read its
-        keys and values: `anchor_kv`, from `forward_first` at the same timestep."""
+        What they compute for their anchor is overridden in every layer, and its input is row 0's.
+        So they need only read its keys and values: `anchor_kv`, from `forward_first` at the same
+        timestep. Attention does not depend on the order of keys."""
         T = latents.shape[1] + 1
         before, after = self.time_position[:anchor], self.time_position[anchor + 1 : T]
         time_position = torch.cat([before, after])  # (T - 1, D)
@@ -471,7 +480,7 @@ class NoiseSchedule:
 
         # q(x_{t-1} | x_t, x_0) = N(mean_x0 x_0 + mean_xt x_t, posterior_variance): DDPM, Eq. 6, 7
         self.posterior_variance = beta * (1 - previous) / (1 - alpha_bar)
-        self.posterior_variance[0] = self.posterior_variance[1]  # 0 there has no logarithm
+        self.posterior_variance[0] = self.posterior_variance[1]  # it is 0, whose log is infinite
         self.mean_x0 = beta * previous.sqrt() / (1 - alpha_bar)
         self.mean_xt = (1 - previous) * (1 - beta).sqrt() / (1 - alpha_bar)
 
@@ -485,19 +494,19 @@ class NoiseSchedule:
 
     def add_noise(self, x0, noise, t):
         """x_t of clean latents x0 (B, ...) at timesteps t (B,)."""
-        signal, sigma = (self.at(root, t, x0) for root in self.roots)
-        return signal * x0 + sigma * noise
+        root_abar, root_rest = (self.at(root, t, x0) for root in self.roots)
+        return root_abar * x0 + root_rest * noise
 
     def predict_x0(self, xt, noise, t):
         """The clean latents that x_t and its noise imply."""
-        signal, sigma = (self.at(root, t, xt) for root in self.roots)
-        return (xt - sigma * noise) / signal
+        root_abar, root_rest = (self.at(root, t, xt) for root in self.roots)
+        return (xt - root_rest * noise) / root_abar
 
-    def log_variance(self, v, t):
-        """Learned sigma: v in -1..1 interpolates between the logarithms of the posterior variance
-        and of beta (Improved DDPM, Eq. 15)."""
-        low, high = self.at(self.posterior_variance.log(), t, v), self.at(self.beta.log(), t, v)
-        return low + (v + 1) / 2 * (high - low)
+    def log_variance(self, mix, t):
+        """Learned sigma: `mix`, from -1 to 1, interpolates between the logarithms of the posterior
+        variance and of beta (Improved DDPM, Eq. 15)."""
+        low, high = (self.at(x.log(), t, mix) for x in (self.posterior_variance, self.beta))
+        return low + (mix + 1) / 2 * (high - low)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -686,7 +695,7 @@ def hidden(path, ending):
 
 @contextlib.contextmanager
 def atomic(path):
-    """A temporary path that becomes `path` when the block ends well; else it goes."""
+    """A temporary path that becomes `path` when the block ends well; otherwise it is deleted."""
     temporary = hidden(path, f".tmp{Path(path).suffix}")
     try:
         yield temporary
@@ -702,12 +711,12 @@ def atomic(path):
 def write_tensors(path, tensors, config):
     """Write a safetensors file whose metadata is `config` as JSON, whole or not at all."""
     tensors = {k: v.contiguous() for k, v in tensors.items()}
-    with atomic(path) as temporary:  # not save_file: only its owner may read those
+    with atomic(path) as temporary:  # save_file would make it readable by its owner only
         temporary.write_bytes(safetensors.torch.save(tensors, {"config": json.dumps(config)}))
 
 
 def open_tensors(path):
-    """A safetensors file, memory-mapped. Names not in UTF-8, which it refuses, go by a link."""
+    """A safetensors file, memory-mapped. It refuses names not in UTF-8: those go by a link."""
     with contextlib.ExitStack() as stack:
         if os.fsencode(path) != str(path).encode(errors="replace"):
             link = Path(stack.enter_context(tempfile.TemporaryDirectory()), "link")
@@ -787,7 +796,7 @@ LARGEST = dict(depth=1000, layers=1000, latent_size=256, latent_channels=1024, f
 
 
 def is_like(value, like, name=""):
-    """Whether a file's configuration has the names of `like`, with values of such kinds, sizes."""
+    """Whether names, kinds and sizes of a file's configuration match those of `like`."""
     if isinstance(like, dict):
         known = isinstance(value, dict) and set(value) <= set(like)
         return known and all(is_like(v, like[k], k) for k, v in value.items())
@@ -820,22 +829,23 @@ def save_model(path, model, dtype=torch.float32):
     write_tensors(path, tensors, dataclasses.asdict(model.config))
 
 
-def _load(path, device, network, config_class):
-    tensors, config = read_tensors(path)
-    fields = {f.name for f in dataclasses.fields(config_class)}
-    if set(config) | fields & {"prediction"} != fields:  # older files lack it
+def _load(path, tensors, config, device, network, config_class):
+    names = {f.name for f in dataclasses.fields(config_class)}
+    missing = names - set(config) - {"prediction"}  # older files lack it
+    if missing or set(config) - names:
         cure = "; of a training run, give model.safetensors" if Path(path).suffix == ".pt" else ""
         raise UserError(
             f"{path} is not a file of the {network.__name__}: its metadata does not hold that "
             f"network's configuration{cure}"
         )
-    model = build(lambda: network(check_config(config_class, config, path)), tensors, path)
+    config = check_config(config_class, config, path)
+    model = build(lambda: network(config), tensors, path)
     return model.to(device).eval().requires_grad_(False)
 
 
 def load_model(path, device="cpu"):
     """The SDiT of a model file, float32, in evaluation mode."""
-    return _load(path, device, SDiT, SDiTConfig)
+    return _load(path, *read_tensors(path), device, SDiT, SDiTConfig)
 
 
 def load_autoencoder(path, device="cpu"):
@@ -843,7 +853,7 @@ def load_autoencoder(path, device="cpu"):
     in any layout)."""
     tensors, config = read_tensors(path)
     if config:
-        model = _load(path, device, AutoencoderKL, AutoencoderConfig)
+        model = _load(path, tensors, config, device, AutoencoderKL, AutoencoderConfig)
         return model.to(memory_format=torch.channels_last)
 
     tensors = {diffusers_name(k): v for k, v in tensors.items() if not k.startswith(FOREIGN)}
