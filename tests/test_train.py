@@ -434,7 +434,7 @@ def test_preview(tmp_path, monkeypatch):
         writer.add(record(8, value, 6, 16, 128), dict(file=str(value)))
     writer.finish([dict(file=str(value), frames=8) for value in range(1, 4)])
     plain, halves = sample.sample_plain, []
-    monkeypatch.setattr(sample, "sample_plain", lambda *given: halves.append(torch.is_autocast_enabled("cpu")) or plain(*given))
+    monkeypatch.setattr(sample, "sample_plain", lambda *given, **named: halves.append(torch.is_autocast_enabled("cpu")) or plain(*given, **named))
     run(tmp_path / "cache", tmp_path / "run", monkeypatch, "--preview", "4")
     run(tmp_path / "cache", tmp_path / "half", monkeypatch, "--preview", "4", "--precision", "bf16")
     assert halves == [False, True]
