@@ -50,7 +50,9 @@ class Bench:
 
     @contextlib.contextmanager
     def part(self, part, case):
-        """What fails in it is a line; memory is given back."""
+        """What fails in it is a line; memory is given back, and its peak counted anew."""
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
         try:
             yield
         except Exception as e:
@@ -328,7 +330,7 @@ def arguments():
 def main():
     a = arguments()
     if a.device.type == "cuda":
-        torch.cuda.set_device(a.device)
+        torch.cuda.set_device(a.device.index or 0)
     bench = Bench(a)
     with bench.part("environment", str(a.device)):
         environment(bench)
