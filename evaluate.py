@@ -232,7 +232,8 @@ NETWORKS = {
         f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}",
         "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"),
     "i3d_torchscript.pt": (
-        f"{HUB}/flateon/FVD-I3D-torchscript/resolve/1c2d61711c52571ad617a1063e6fa691b212e184/i3d_torchscript.pt",
+        f"{HUB}/flateon/FVD-I3D-torchscript/resolve/"
+        "1c2d61711c52571ad617a1063e6fa691b212e184/i3d_torchscript.pt",
         "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"),
     "koniq_pretrained.pkl": (
         f"{HUB}/ByteDance/LatentSync-1.5/resolve/main/auxiliary/koniq_pretrained.pkl",

@@ -51,12 +51,11 @@ def arguments():
     # the model: the paper trains T = 4 and T = 8, and predicts epsilon, as DiT does
     add("--size", str, "XL/2", "S, B, L or XL with /2, /4 or /8; or demo")
     add("--frames", count, 8, "T, frames of a row")
-    kinds = ("epsilon", "v")
-    add("--prediction", str, "epsilon", "of the network; v learns faster at first", choices=kinds)
+    add("--prediction", str, "epsilon", "v learns faster at first", choices=("epsilon", "v"))
 
     # files
-    data_help = "caches made by data.py; several with shares, as in a:0.9 b:0.1"
-    add("--data", str, ["cache"], data_help, nargs="+", metavar="CACHE[:SHARE]")
+    shares = "made by data.py; several with shares, as in a:0.9 b:0.1"
+    add("--data", str, ["cache"], shares, nargs="+", metavar="CACHE[:SHARE]")
     add("--out", Path, None, "folder of the run (default: runs/SIZE-FRAMES)")
     add("--init", Path, None, "initial weights: a model file of train.py, or DiT-XL-2-256x256.pt")
 

@@ -81,3 +81,10 @@ def test_every_command_is_understood(monkeypatch):
         module.arguments()
         seen.add(module.__name__)
     assert seen == {"data", "train", "sample", "export", "curate", "evaluate"}
+
+
+def test_counts_of_lines():
+    told = re.findall(r"\| \[`(\w+\.py)`\]\(\1\) \| (\d+) \|", README)
+    assert len(told) == 7
+    for file, lines in told:
+        assert abs(len((ROOT / file).read_text().splitlines()) - int(lines)) <= 0.05 * int(lines), file
