@@ -7,6 +7,7 @@
 """
 
 import argparse
+import contextvars
 import ctypes
 import errno
 import functools
@@ -418,8 +419,7 @@ def track(frames, landmarker, name, total=None, number=0):
     `frames` (h, w, 3) uint8. After 24 frames without it, the largest face is followed."""
     points, last, lost, faces = [], None, 0, []
     missing = np.full((LANDMARKS, 3), np.nan, np.float32)
-    silent = total is None or None  # None: where stderr is no terminal
-    for image in tqdm(frames, "landmarks", total, unit="frame", leave=False, disable=silent):
+    for image in progress(frames, "landmarks", "frame", total, total is None):
         if last is None:
             faces = list(landmarker.everyone(image))
             here = pick_face(faces, number, name) if faces else None
@@ -657,6 +657,20 @@ class Stopwatch:
         parts = ", ".join(f"{part} {s:.1f} s" for part, s in self.seconds.items())
         gpu = f", of the GPU {peak_memory('cuda'):.1f}" if torch.cuda.is_available() else ""
         return f"{parts}; peak memory {peak_memory():.1f} GiB{gpu}"
+
+
+SHOW = contextvars.ContextVar("show", default=None)  # see `sample.reenact`
+
+
+def progress(items, part, unit, total=None, hide=False):
+    """A progress bar, which tells SHOW, too. Under torchrun one process shows it."""
+    show = SHOW.get()
+    hide = hide or ranks()[0] > 0 or None  # None: where stderr is no terminal
+    bar = tqdm(items, part, total, unit=unit, leave=False, disable=hide)
+    for done, item in enumerate(bar, 1):
+        yield item
+        if show:
+            show(part, done, bar.total)
 
 
 # --------------------------------------------------------------------------------------------------

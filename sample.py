@@ -33,7 +33,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map
-from tqdm import tqdm
 
 import data
 import sdit
@@ -221,12 +220,6 @@ def choose_sampler(name):
     )
 
 
-def progress(items, what, unit, total=None):
-    """A progress bar; under torchrun one process shows it."""
-    hide = data.ranks()[0] > 0 or None
-    return tqdm(items, what, total, unit=unit, leave=False, disable=hide)
-
-
 def denoise(settings, x, frames, evaluate, anchor=None):
     """Algorithm 1, step 3: from noise x (..., C, H, W) for `frames` (...) to clean latents.
 
@@ -236,7 +229,8 @@ def denoise(settings, x, frames, evaluate, anchor=None):
     alpha_bar = [*NoiseSchedule().alpha_bar.tolist(), 1.0]  # the last one, at -1: clean latents
 
     x = sdit.override(x, anchor)
-    for i, (t, after) in enumerate(progress(settings.timesteps(), "denoising", "step")):
+    steps = data.progress(settings.timesteps(), "denoising", "step")
+    for i, (t, after) in enumerate(steps):
 
         def fresh_noise():
             noise = frame_noise(settings.seed, frames, x.shape[-3:], i + 1)
@@ -410,7 +404,7 @@ def sample_video(model, conditions, settings, wanted=None, finished=None, share=
 
     # Sample: row 0 with its anchor bank, if there is an anchor, then the other rows.
     sampled = sample_rows(model, rows, to_sample, conditions, settings)
-    for b, latents in progress(sampled, "rows", "row", len(to_sample)):
+    for b, latents in data.progress(sampled, "rows", "row", len(to_sample)):
         latents = latents.cpu()  # (T, C, H, W)
         if not latents.isfinite().all():
             raise UserError(
@@ -472,12 +466,14 @@ def batches(items, size):
 
 class Partial:
     """{frame: latent} on disk, OUT.partial/KEY-FRAME.safetensors, for `sample_video`. KEY: a digest
-    of all that decides the result; frames of another key are removed, other files stay."""
+    of all that decides the result; frames of another key are removed, other files stay. show: a
+    function that sees every new frame."""
 
     ours = f"*-{'[0-9]' * 8}.safetensors*"  # also temporary ones, of runs that were killed
 
-    def __init__(self, out, key):
+    def __init__(self, out, key, show=None):
         self.folder, self.key = Path(f"{Path(out)}.partial"), key
+        self.show = show
         if len(os.fsencode(self.folder.name)) > 255:
             self.folder = sdit.hidden(out, ".partial")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -503,6 +499,8 @@ class Partial:
 
     def __setitem__(self, frame, latent):
         sdit.write_tensors(self._path(frame), dict(latent=latent), {})
+        if self.show:
+            self.show(frame, latent)
 
     def remove(self):
         for path in self.folder.glob(self.ours):
@@ -662,10 +660,14 @@ def load_models(path=MODEL, device=None, engine=None):
     )
 
 
-def reenact(source=None, driving=DRIVING, out="reenacted.mp4", model=MODEL, **options):
+def reenact(source=None, driving=DRIVING, out="reenacted.mp4", model=MODEL, show=None, **options):
     """Write the video `out` of the face in `source`, moving like the one in `driving`; `model`: a
     file or Models; `options`: those of the command line, by name. Returns the seconds by part.
-    Raises UserError on bad input, and writes nothing then. Threads may call it at once."""
+    Raises UserError on bad input, and writes nothing then. Threads may call it at once.
+
+    `show`, if given, is called as the work goes on: show(part, done, total), and with every frame
+    that is finished, in any order: show("frame", its number, total, image (h, w, 3) uint8). What
+    it raises ends the work."""
     defaults, watch = vars(arguments([])), data.Stopwatch()
     assert set(options) <= set(defaults), f"unknown: {set(options) - set(defaults)}"
     asked = argparse.Namespace(**defaults | options)
@@ -673,6 +675,7 @@ def reenact(source=None, driving=DRIVING, out="reenacted.mp4", model=MODEL, **op
     leader = data.ranks()[0] == 0
 
     with ExitStack() as stack, torch.no_grad():
+        stack.callback(data.SHOW.reset, data.SHOW.set(show))
         with together():
             job = prepare(asked, watch)
             if leader:
@@ -791,7 +794,13 @@ def sample(job):
     key = hashlib.sha256(job.about.encode())
     for c in conditions:
         key.update(c.float().cpu().numpy().tobytes())
-    finished = Partial(job.paths[0], key.hexdigest()[:16])
+    show = data.SHOW.get()
+
+    def show_frame(frame, latent):
+        [image] = decode_frames(models, {frame: latent}, [frame], data.Stopwatch())
+        show("frame", frame, len(job.driving), image)
+
+    finished = Partial(job.paths[0], key.hexdigest()[:16], show and show_frame)
     denoiser, share = models.engine or models.sdit, (rank, processes)
     return sample_video(denoiser, conditions, job.settings, job.wanted, finished, share)
 
@@ -819,7 +828,7 @@ def write(job, latents, watch):
     with ExitStack() as stack:
         result, *comparisons = map(stack.enter_context, writers)
         images = decode_frames(job.models, latents, wanted, watch)
-        for image in progress(images, "writing", "frame", len(wanted)):
+        for image in data.progress(images, "writing", "frame", len(wanted)):
             with watch("writing"):
                 result.write(image)
                 for comparison in comparisons:
