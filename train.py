@@ -85,6 +85,8 @@ def arguments():
     add("--log-every", count, 50, "steps between log lines")  # torchrun takes --log for its own
     add("--save-minutes", positive, 15, "minutes between states; 0: after every step")
     add("--preview", natural, 2000, "steps between pictures, RUN/preview-STEP.png; 0: none")
+    plot_help = "train nothing; draw losses, learning rate and speed of a run as RUN/log.png"
+    add("--plot", Path, None, plot_help, metavar="RUN")
 
     a = ap.parse_args()
     a.rank, a.world, _ = data.ranks()
@@ -633,6 +635,38 @@ def build_preview(a, config, device):
             print(f"no previews: {e}")
 
 
+def plot(run):
+    """RUN/log.png of RUN/log.jsonl: loss by quarter of t, learning rate, rows a second."""
+    from matplotlib.figure import Figure
+
+    entries = {}
+    for line in data.read_text(run / "log.jsonl").splitlines():
+        with contextlib.suppress(ValueError):  # the last line of a run that was killed
+            entry = json.loads(line)
+            entries[entry["step"]] = entry  # after a resume, steps come again
+    if not entries:
+        raise UserError(f"{run / 'log.jsonl'} has no line of train.py yet")
+    steps = sorted(entries)
+
+    figure = Figure(figsize=(7, 8), layout="constrained")
+    loss, *others = figure.subplots(3, sharex=True)
+    quarters = [entries[step]["quarters"] for step in steps]
+    for i, quarter in enumerate(zip(*quarters)):
+        first = NoiseSchedule.steps * i // 4
+        loss.plot(steps, quarter, label=f"t from {first}")
+    loss.set(ylabel="weighted squared error", yscale="log")
+    loss.legend()
+    names = ("lr", "learning rate"), ("rows_per_s", "rows a second")
+    for axes, (name, label) in zip(others, names):
+        axes.plot(steps, [entries[step][name] for step in steps])
+        axes.set(ylabel=label, ylim=(0, None))
+    others[-1].set(xlabel="step")
+
+    with sdit.atomic(run / "log.png") as temporary:
+        figure.savefig(temporary, dpi=120)
+    print(run / "log.png")
+
+
 # --------------------------------------------------------------------------------------------------
 # Speed
 
@@ -716,6 +750,8 @@ class Meter:
 
 def main():
     a = arguments()
+    if a.plot:
+        return plot(a.plot)
     rows = data.Rows(a.data, a.frames, a.seed)
     with data.owned(a.out / "run") if a.rank == 0 else contextlib.nullcontext():
         train(a, rows)

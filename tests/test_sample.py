@@ -288,6 +288,29 @@ def test_other_input_only_and_sound(tmp_path, clip):
             assert abs(float(f.streams.audio[0].duration * f.streams.audio[0].time_base) - seconds) < 0.06
 
 
+def test_finished_frames_and_progress_are_shown(tmp_path, clip):
+    """Before the video is written, and a caller can end the work."""
+    driving, told = write_video(tmp_path / "driving.mp4", clip[0]), []
+    models, job = sample.load_models(), dict(source=driving, driving=driving, steps=2)
+    sample.reenact(**job, out=tmp_path / "out.mp4", model=models, show=lambda *given: told.append(given))
+    assert [given for given in told if given[0] == "landmarks"] == [("landmarks", n, 12) for n in range(1, 13)]
+    assert [given for given in told if given[0] == "denoising"][:2] == [("denoising", 1, 2), ("denoising", 2, 2)]
+    assert [given for given in told if given[0] == "rows"][-1] == ("rows", 4, 4)
+    parts = list(dict.fromkeys(part for part, *_ in told))
+    assert parts == ["landmarks", "denoising", "frame", "rows", "writing"]
+
+    images = {number: image for part, number, _, *image in told if part == "frame"}
+    shown, written = np.stack([images[n][0] for n in range(12)]).astype(int), frames_of(tmp_path / "out.mp4")
+    assert abs(shown - written).mean() < min(5, 0.7 * abs(shown - np.roll(written, 6, 0)).mean())     # H.264 changes them a little
+    assert sum(part == "frame" for part, *_ in told) == 12 and told.index(("writing", 1, 12)) > len(told) - 13
+
+    def leave(*_):
+        raise sdit.UserError("enough")
+    with pytest.raises(sdit.UserError, match="enough"):
+        sample.reenact(**job, out=tmp_path / "none.mp4", model=models, show=leave)
+    assert not (tmp_path / "none.mp4").exists() and data.SHOW.get() is None
+
+
 def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, clip, monkeypatch, capsys):
     write_video(tmp_path / "empty.mp4", np.full((4, 64, 64, 3), 127, np.uint8))
     write_video(tmp_path / "face.mp4", clip[0][:2])

@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -459,6 +460,22 @@ def test_preview(tmp_path, monkeypatch):
     run(tmp_path / "cache", tmp_path / "half", monkeypatch, "--preview", "4", "--precision", "bf16")
     assert halves == [False, True]
     assert Image.open(tmp_path / "run" / "preview-00000004.png").size == (2 * 64, 2 * 3 * 64)
+
+
+def test_plot_of_a_log(tmp_path, monkeypatch, capsys):
+    """Of a run that was resumed and then killed in the middle of a line: the later of two lines of a step counts."""
+    entry = dict(quarters=[0.4, 0.3, 0.2, 0.1], lr=1e-4, rows_per_s=3.0)
+    lines = [json.dumps(entry | dict(step=step)) for step in (50, 100, 150)] + [json.dumps(entry | dict(step=100, lr=5e-5)), '{"step": 2']
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axes, *given, **named: drawn.append(given) or plot(axes, *given, **named))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--plot", str(tmp_path)])
+    train.main()
+    assert [list(y) for _, y in drawn] == [[q] * 3 for q in entry["quarters"]] + [[1e-4, 5e-5, 1e-4], [3.0] * 3]
+    assert all(list(x) == [50, 100, 150] for x, _ in drawn) and Image.open(tmp_path / "log.png").width > 500
+    (tmp_path / "log.jsonl").write_text("")
+    with pytest.raises(sdit.UserError, match="has no line of train.py yet"):
+        train.main()
 
 
 def test_no_cache_is_one_sentence(tmp_path):
