@@ -11,6 +11,7 @@ import html
 import io
 import os
 import queue
+import shutil
 import sys
 import tempfile
 import threading
@@ -35,11 +36,11 @@ NOTE = """# Anchored Diffusion
 A picture of a face, or a sentence, moves like the face in a video. **The result is synthetic**, and its file says so. Do this
 only to people who have agreed. What you upload is removed when you close the page."""
 BUNDLED = "\n\nThe bundled model knows rendered faces only: of a photograph it makes a rendered face."
-STYLE = """#state label, #state progress {display: block; width: 100%; accent-color: #ea580c}
+STYLE = """#state label, #state progress {display: block; width: 100%}
 #state img {float: left; width: 12.5%; margin: 0}"""
 SHOWN = 24  # finished frames on the page
 
-WORKER = ThreadPoolExecutor(1)  # one job at a time, whoever asks
+WORKER, LEAVING = ThreadPoolExecutor(1), threading.Event()  # one job at a time, whoever asks
 
 
 def picture(image):
@@ -63,7 +64,7 @@ def run(models, source, prompt, driving, edit, steps, guidance, seed, face, sour
     events, closed, bars, frames = queue.SimpleQueue(), threading.Event(), {}, {}
 
     def show(part, done, total, image=None):
-        if closed.is_set():
+        if closed.is_set() or LEAVING.is_set():
             raise UserError("stopped")
         events.put((part, done, total, image))
 
@@ -108,7 +109,7 @@ def build_page(models, bundled):
     def forget(request: gr.Request):
         mine = uploads.pop(request.session_hash, set())
         for folder in mine - set().union(*uploads.values()):  # the same file has the same folder
-            data.shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
     with gr.Blocks(title="Anchored Diffusion", analytics_enabled=False) as page:
         gr.Markdown(NOTE + BUNDLED * bundled)
@@ -125,14 +126,14 @@ def build_page(models, bundled):
                 with gr.Row():
                     natural = partial(gr.Number, 0, precision=0, minimum=0, min_width=80)
                     seed = natural(label="Seed")
-                    face = natural(label="Face in the video", info="0: the largest")
-                    source_face = natural(label="Face in the picture")
+                    face = natural(label="Driving face (0: largest)")
+                    source_face = natural(label="Source face (0: largest)")
                     compare = gr.Checkbox(label="Comparison", min_width=80)
             with gr.Column():
                 with gr.Row():
                     start, stop = gr.Button("Reenact", variant="primary"), gr.Button("Stop")
                 state = gr.HTML(elem_id="state", min_height=80)
-                result = gr.Video(label="Result (synthetic)", interactive=False, autoplay=True)
+                result = gr.Video(label="Result (synthetic)", interactive=False, autoplay=True, height=300)
                 download = gr.DownloadButton("Download the result")
                 comparison = gr.Video(label="Picture, driving video, result", interactive=False)
         given = [source, prompt, driving, edit]
@@ -170,6 +171,7 @@ def main():
         page.launch(server_name=a.host, server_port=a.port, share=a.share, css=STYLE, ssr_mode=False, run_history=False, footer_links=[], prevent_thread_lock=True)
         models.set_result(sample.load_models(a.model, a.device, a.engine))  # the page is there before
         page.block_thread()
+        LEAVING.set()
 
 
 if __name__ == "__main__":
