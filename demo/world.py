@@ -363,10 +363,7 @@ PARTS = {
     "helper-r-eyelashes-1": LASH_PART,
     "helper-r-eyelashes-2": LASH_PART,
 }
-SHAPES = (
-    *("head", "nose", "mouth", "chin", "cheek", "eyes", "eyebrows"),
-    *("forehead", "ears", "neck", "asym"),
-)
+SHAPES = "head nose mouth chin cheek eyes eyebrows forehead ears neck asym".split()
 ANCESTRIES = ("african", "asian", "caucasian")
 MASK_SIZE = 1024  # pixels of the masks over the body's texture coordinates
 
