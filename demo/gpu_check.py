@@ -234,7 +234,9 @@ def sampling(bench):
     dtype = torch.bfloat16 if sdit.has_bf16(device.type) else torch.float32
     model = bench.model(8, dtype)
     widths = (128, 256, 512, 512) if bench.cuda else (32, 32, 32, 32)
-    autoencoder = sdit.AutoencoderKL(sdit.AutoencoderConfig(widths)).eval()
+    channels = model.config.latent_channels
+    config = sdit.AutoencoderConfig(widths, latent_channels=channels)
+    autoencoder = sdit.AutoencoderKL(config).eval()
     autoencoder.to(device, memory_format=torch.channels_last)
 
     per_frame_step = None
