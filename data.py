@@ -197,6 +197,11 @@ def must_agree(ours, theirs, before, after):
         raise UserError(f"{before} another {' and '.join(other)}; {after}")
 
 
+# What a model must know of the cache that it is trained on
+SETTINGS = "latent_channels", "latent_size", "scene_width"
+SETTINGS += "autoencoder", "autoencoder_sha256", "clip", "clip_sha256"
+
+
 def read_index(folder, frames):
     """The index of a cache that has rows of `frames` frames."""
     path = folder / "index.json"
@@ -207,7 +212,7 @@ def read_index(folder, frames):
         raise UserError(f"no cache in {folder} (no index.json); {cure}")
 
     again = "remove it and give the data.py command again"
-    index = read_json(path, ["clips"], again)
+    index = read_json(path, ["clips", *SETTINGS], again)
     try:
         usable = sum(length >= frames + 2 for _, length in index["clips"])
     except (TypeError, ValueError):

@@ -226,9 +226,7 @@ def start_processes():
 
 def build_model(rows, size, frames, prediction="epsilon"):
     """An untrained SDiT for a cache, with its latent shape, frozen models and statistics."""
-    shapes = "latent_channels", "latent_size", "scene_width"
-    frozen = "autoencoder", "clip", "autoencoder_sha256", "clip_sha256"
-    settings = {name: rows.about[name] for name in shapes + frozen}
+    settings = {name: rows.about[name] for name in data.SETTINGS}
     buffers = rows.statistics()
     settings["scene_mean"] = [round(x, 5) for x in buffers["scene_mean"].tolist()]
     model = sdit.SDiT(sdit.make_config(size, frames, prediction=prediction, **settings))

@@ -9,6 +9,7 @@ the table. Sampling that would not end within --minutes is left out, and says so
 
 import contextlib
 import functools
+import itertools
 import json
 import statistics
 import sys
@@ -16,6 +17,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -27,12 +29,11 @@ import sample
 import sdit
 import train
 
-PAPER = (
-    1.8 * 16 / 4
-)  # rows a second of one of the paper's four A100, of its largest model (XL, T = 8)
+# Rows a second of one of the paper's four A100, of its largest model (XL, T = 8).
+PAPER = 1.8 * 16 / 4
 
-# Milliseconds of a training step on paper, 16 rows of XL/2, T = 8: (eager, compiled). Matrix products
-# and attention at the speeds that are published, everything else at the memory's bandwidth.
+# Milliseconds of a training step on paper, 16 rows of XL/2, T = 8: (eager, compiled). Matrix
+# products and attention at the speeds that are published, all else at the memory's bandwidth.
 ROOFLINE = {"A100": (888, 787), "H100": (362, 300), "H200": (318, 275)}
 
 
@@ -58,7 +59,8 @@ class Bench:
         except Exception as e:
             if not isinstance(e, sdit.UserError):
                 traceback.print_exc()
-            self.add(part, case, failed=f"{type(e).__name__}: {str(e).partition(chr(10))[0]}")
+            reason = str(e).partition("\n")[0]
+            self.add(part, case, failed=f"{type(e).__name__}: {reason}")
         if self.cuda:
             torch.cuda.empty_cache()
 
@@ -76,9 +78,8 @@ class Bench:
 
 
 def show(values):
-    return ", ".join(
-        f"{name} {v:.4g}" if isinstance(v, float) else f"{name} {v}" for name, v in values.items()
-    )
+    rounded = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items()}
+    return ", ".join(f"{name} {value}" for name, value in rounded.items())
 
 
 def environment(bench):
@@ -99,6 +100,28 @@ def relative(x, y):
     return ((x.double() - y.double()).abs().max() / y.double().std()).item()
 
 
+def sample_frames(model, conditions, settings):
+    """The latents (M, C, H, W) of a video, sampled with the bank."""
+    latent = sample.sample_video(model, conditions, settings)
+    return torch.stack([latent[f] for f in range(len(conditions[0]))])
+
+
+def sample_by_rule(model, conditions, settings):
+    """The same by the paper's rule, all rows in one batch."""
+    c, T, M = model.config, model.config.frames, len(conditions[0])
+    rows, keep = sample.plan_rows(M, T)
+    noise = sample.frame_noise(0, rows, (c.latent_channels, c.latent_size, c.latent_size))
+    noise = noise.float().to(conditions[0].device)
+    of_rows = [condition[torch.from_numpy(rows)] for condition in conditions]  # (B, T, D) each
+    latents = sample.sample_plain(model, noise, rows, of_rows, settings, T // 2)
+    order = torch.from_numpy(rows[keep].argsort())
+    return latents.cpu()[torch.from_numpy(keep)][order]  # (M, C, H, W)
+
+
+def not_captured(model):
+    return model
+
+
 @torch.no_grad()
 def equality(bench):
     """The bank against the paper's rule in one batch, and recorded launches against single ones.
@@ -109,39 +132,26 @@ def equality(bench):
     for dtype in (torch.float32, torch.bfloat16):
         model = bench.model(T, dtype)
         g = torch.Generator().manual_seed(0)
-        conditions = [torch.randn(M, model.config.width, generator=g).to(bench.device, dtype)]
-        rows, keep = sample.plan_rows(M, T)
-        c = model.config
-        noise = sample.frame_noise(0, rows, (c.latent_channels, c.latent_size, c.latent_size))
-        plain = sample.sample_plain(
-            model,
-            noise.float().to(bench.device),
-            rows,
-            [conditions[0][torch.from_numpy(rows)]],
-            settings,
-            T // 2,
-        )
-        latent = sample.sample_video(model, conditions, settings)
-        banked = torch.stack([latent[f] for f in range(M)])
-        order = torch.from_numpy(rows[keep].argsort())
-        plain = plain.cpu()[torch.from_numpy(keep)][order]
-        values = dict(bank_against_rule=relative(banked, plain))
+        condition = torch.randn(M, model.config.width, generator=g).to(bench.device, dtype)
+        plain = sample_by_rule(model, [condition], settings)
         results[dtype] = plain
+        banked = sample_frames(model, [condition], settings)
+        values = dict(bank_against_rule=relative(banked, plain))
         if dtype is torch.bfloat16:
             values["rule_against_float32"] = relative(plain, results[torch.float32])
+
         if bench.cuda:
-            captured, sample.Captured = sample.Captured, lambda model: model
+            captured, sample.Captured = sample.Captured, not_captured
             try:
-                latent = sample.sample_video(model, conditions, settings)
+                single = sample_frames(model, [condition], settings)
             finally:
                 sample.Captured = captured
-            same = torch.equal(banked, torch.stack([latent[f] for f in range(M)]))
-            values["recorded_is_equal_to_the_bit"] = same
+            values["recorded_is_equal_to_the_bit"] = torch.equal(banked, single)
         bench.add("equality", str(dtype).removeprefix("torch."), **values)
 
 
-def training(bench, frames, compiled):
-    """Steps of `train.py`, on one process."""
+def make_training_step(bench, frames, compiled):
+    """(A function of the step's number that trains as `train.py` does, the model's config.)"""
     a, device = bench.a, bench.device
     with device:
         model, ema = (sdit.SDiT(sdit.make_config(a.size, frames)) for _ in range(2))
@@ -169,6 +179,14 @@ def training(bench, frames, compiled):
         optimizer.step()
         train.update_ema(ema, model, n, 0.9999)
 
+    return step, c
+
+
+def training(bench, frames, compiled):
+    """Steps of `train.py`, on one process; on a GPU for at least 8 seconds."""
+    a, device = bench.a, bench.device
+    step, config = make_training_step(bench, frames, compiled)
+
     began = time.monotonic()
     for n in range(3 if bench.cuda else 1):
         step(n)
@@ -176,20 +194,22 @@ def training(bench, frames, compiled):
     warm = time.monotonic() - began
     if bench.cuda:
         torch.cuda.reset_peak_memory_stats(device)
+    fewest, shortest = (3, 8) if bench.cuda else (1, 0)
     began, count = time.monotonic(), 0
-    while count < 3 * bench.cuda or time.monotonic() - began < 8 * bench.cuda or not count:
+    while count < fewest or time.monotonic() - began < shortest:
         step(count)
         count += 1
         bench.wait()
     seconds = (time.monotonic() - began) / count
 
     rows = a.rows / seconds
-    peak = train.device_peak(device, torch.bfloat16 if bf16 else torch.float32)
+    dtype = torch.bfloat16 if sdit.has_bf16(device.type) else torch.float32
+    peak = train.device_peak(device, dtype)
     values = dict(
         rows=a.rows,
         steps_per_s=1 / seconds,
         rows_per_s=rows,
-        mfu=rows * train.row_flops(c) / 1e12 / peak,
+        mfu=rows * train.row_flops(config) / 1e12 / peak,
         peak_gib=data.peak_memory(device.type),
         warm_up_s=warm,
     )
@@ -199,86 +219,92 @@ def training(bench, frames, compiled):
         limits = [limit for card, limit in ROOFLINE.items() if f" {card}" in name]
         if limits:
             values["part_of_roofline"] = limits[0][compiled] / 1000 * a.rows / 16 / seconds
-    bench.add("training", f"T = {frames}, {'compiled' if compiled else 'eager'}", **values)
+    bench.add("training", training_case(frames, compiled), **values)
+
+
+def training_case(frames, compiled):
+    return f"T = {frames}, {'compiled' if compiled else 'eager'}"
 
 
 @torch.no_grad()
 def sampling(bench):
-    """Frames a second, with guidance and decoding, T = 8; the shortest first, to foresee the others."""
-    dtype = torch.bfloat16 if sdit.has_bf16(bench.device.type) else torch.float32
+    """Frames a second, with guidance and decoding, T = 8; the shortest first, which foretells the
+    others."""
+    device = bench.device
+    dtype = torch.bfloat16 if sdit.has_bf16(device.type) else torch.float32
     model = bench.model(8, dtype)
     widths = (128, 256, 512, 512) if bench.cuda else (32, 32, 32, 32)
-    autoencoder = sdit.AutoencoderKL(sdit.AutoencoderConfig(widths)).eval()
-    autoencoder.to(bench.device, memory_format=torch.channels_last)
+    channels = model.config.latent_channels
+    config = sdit.AutoencoderConfig(widths, latent_channels=channels)
+    autoencoder = sdit.AutoencoderKL(config).eval()
+    autoencoder.to(device, memory_format=torch.channels_last)
+
     per_frame_step = None
-    for M in bench.a.videos:
-        conditions = [torch.randn(M, model.config.width).to(bench.device, dtype) for _ in range(2)]
-        for steps in bench.a.steps:
-            case = f"{M} frames, {steps} steps"
-            if per_frame_step and time.monotonic() + per_frame_step * M * steps > bench.ends:
-                bench.add("sampling", case, left_out=f"about {per_frame_step * M * steps:.0f} s")
-                continue
-            with bench.part("sampling", case):
-                began = time.monotonic()
-                latent = sample.sample_video(
-                    model, conditions, sample.Settings(steps, "ddim:1", 2.0)
-                )
-                denoised = time.monotonic()
-                for f in range(0, M, 8):
-                    part = torch.stack([latent[i] for i in range(f, min(f + 8, M))])
-                    data.to_images(autoencoder.decode(part.to(bench.device)))
-                seconds = time.monotonic() - began
-                per_frame_step = seconds / M / steps
-                bench.add(
-                    "sampling",
-                    case,
-                    frames_per_s=M / seconds,
-                    denoising_s=denoised - began,
-                    decoding_s=seconds - (denoised - began),
-                    peak_gib=data.peak_memory(bench.device.type),
-                )
+    for M, steps in itertools.product(bench.a.videos, bench.a.steps):
+        case = f"{M} frames, {steps} steps"
+        if per_frame_step and time.monotonic() + per_frame_step * M * steps > bench.ends:
+            bench.add("sampling", case, left_out=f"about {per_frame_step * M * steps:.0f} s")
+            continue
+        with bench.part("sampling", case):
+            conditions = [torch.randn(M, model.config.width).to(device, dtype) for _ in range(2)]
+            settings = sample.Settings(steps, "ddim:1", 2.0)
+            began = time.monotonic()
+            latents = sample_frames(model, conditions, settings)
+            denoised = time.monotonic()
+            for part in latents.split(8):
+                data.to_images(autoencoder.decode(part.to(device)))
+            ended = time.monotonic()
+            per_frame_step = (ended - began) / M / steps
+            values = dict(
+                frames_per_s=M / (ended - began),
+                denoising_s=denoised - began,
+                decoding_s=ended - denoised,
+                peak_gib=data.peak_memory(device.type),
+            )
+            bench.add("sampling", case, **values)
 
 
 @torch.no_grad()
 def engines(bench):
     """One evaluation of `packed`, of a few blocks of the model, two guidance branches, by every
     backend that is there."""
-    model = bench.model(4, depth=bench.a.blocks)
+    device, blocks = bench.device, bench.a.blocks
     precision = "bf16" if bench.cuda else "fp32"
-    dtype, inputs = (
-        export.PRECISIONS[precision],
-        export.example(model.config, "packed", 4, 2, 2, device=bench.device),
-    )
+    dtype = export.PRECISIONS[precision]
+    model = bench.model(4, depth=blocks)
+    inputs = export.example(model.config, "packed", 4, 2, 2, device=device)
     expected = export.reference(model, "packed", inputs)[0]
-    graph = export.build_graph(model, "packed", precision).to(bench.device)
+    graph = export.build_graph(model, "packed", precision).to(device)
+
+    def make_runner(kind, folder):
+        if kind == "eager":
+            return functools.partial(export.run_module, graph, dtype)
+        if kind == "compiled":
+            return functools.partial(export.run_module, torch.compile(graph), dtype)
+        a = SimpleNamespace(precision=precision, branches=2, rows=[4, 4], out=folder)
+        path = export.write_graph(model, kind, "packed", a, folder, device)
+        return export.load_runner(kind, path, dtype, device)
+
+    kinds = ["eager", "compiled", "onnx", "trt"] if bench.cuda else ["eager", "onnx", "trt"]
     with tempfile.TemporaryDirectory() as folder:
-        a = type(
-            "Arguments", (), dict(precision=precision, branches=2, rows=[4, 4], out=Path(folder))
-        )()
-        for kind in ("eager", "compiled", "onnx", "trt"):
-            if kind == "compiled" and not bench.a.compile_too:
-                continue
+        for kind in kinds:
             with bench.part("engines", kind):
-                if kind == "eager":
-                    run = functools.partial(export.run_module, graph, dtype)
-                elif kind == "compiled":
-                    run = functools.partial(export.run_module, torch.compile(graph), dtype)
-                else:
-                    path = export.write_graph(model, kind, "packed", a, Path(folder), bench.device)
-                    run = export.load_runner(kind, path, dtype, bench.device)
-                error, seconds = export.relative_error(run(inputs)[0], expected), []
-                for _ in range(10 if bench.cuda else 2):
-                    bench.wait()
-                    began = time.perf_counter()
-                    run(inputs)
-                    bench.wait()
-                    seconds.append(time.perf_counter() - began)
-                bench.add(
-                    "engines",
-                    f"{kind} {precision}, {bench.a.blocks} blocks",
-                    ms=1000 * statistics.median(seconds),
-                    relative_error=error,
-                )
+                run = make_runner(kind, Path(folder))
+                error = export.relative_error(run(inputs)[0], expected)
+                ms = 1000 * median_seconds(bench, functools.partial(run, inputs))
+                case = f"{kind} {precision}, {blocks} blocks"
+                bench.add("engines", case, ms=ms, relative_error=error)
+
+
+def median_seconds(bench, run):
+    seconds = []
+    for _ in range(10 if bench.cuda else 2):
+        bench.wait()
+        began = time.perf_counter()
+        run()
+        bench.wait()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
 
 
 def write(bench):
@@ -293,37 +319,27 @@ def write(bench):
 
 
 def arguments():
-    count = data.number(int, 1)
+    count, minutes = data.number(int, 1), data.number(float, 0)
     ap = data.Parser(__doc__)
     ap.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
     ap.add_argument("--size", default="XL/2", help="model size")
-    ap.add_argument(
-        "--rows",
-        type=count,
-        help="rows of a training step (default: 16 from 70 GiB on, else 4; on a CPU 1)",
-    )
-    ap.add_argument(
-        "--videos",
-        type=count,
-        nargs="+",
-        help="frames to sample (default: 25 100 1003; on a CPU 9)",
-    )
-    ap.add_argument(
-        "--steps", type=count, nargs="+", help="denoising steps (default: 10 20 50; on a CPU 1)"
-    )
+    rows = "rows of a training step (default: 16 from 70 GiB on, else 4; on a CPU 1)"
+    ap.add_argument("--rows", type=count, help=rows)
+    videos = "frames to sample (default: 25 100 1003; on a CPU 9)"
+    ap.add_argument("--videos", type=count, nargs="+", help=videos)
+    steps = "denoising steps (default: 10 20 50; on a CPU 1)"
+    ap.add_argument("--steps", type=count, nargs="+", help=steps)
     ap.add_argument("--blocks", type=count, default=4, help="of the model, to time engines with")
-    ap.add_argument(
-        "--minutes", type=data.number(float, 0), default=9, help="after which no sampling begins"
-    )
+    ap.add_argument("--minutes", type=minutes, default=9, help="after which no sampling begins")
     ap.add_argument("--out", type=Path, default=Path("gpu_check"), help="OUT.json, OUT.md")
     a = ap.parse_args()
+
     a.device = data.get_device(a.device)
-    cuda = a.device.type == "cuda"
-    memory = torch.cuda.get_device_properties(a.device).total_memory / 2**30 if cuda else 0
-    a.compile_too = cuda
-    a.rows = a.rows or ((16 if memory > 70 else 4) if cuda else 1)
-    a.videos = a.videos or ([25, 100, 1003] if cuda else [9])
-    a.steps = a.steps or ([10, 20, 50] if cuda else [1])
+    rows, videos, steps = 1, [9], [1]
+    if a.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(a.device).total_memory / 2**30
+        rows, videos, steps = 16 if memory > 70 else 4, [25, 100, 1003], [10, 20, 50]
+    a.rows, a.videos, a.steps = a.rows or rows, a.videos or videos, a.steps or steps
     return a
 
 
@@ -337,8 +353,8 @@ def main():
     with bench.part("equality", "both precisions"):
         equality(bench)
     for frames in (4, 8):
-        for compiled in (False, True)[: 1 + a.compile_too]:
-            with bench.part("training", f"T = {frames}, {'compiled' if compiled else 'eager'}"):
+        for compiled in (False, True) if bench.cuda else (False,):
+            with bench.part("training", training_case(frames, compiled)):
                 training(bench, frames, compiled)
                 torch.compiler.reset()
     with bench.part("engines", "all"):

@@ -88,9 +88,8 @@ def regions(face, motion, square, true):
     is the region. `true` (M, h, h, 3) is the rendering, cut out by `square`."""
     masks = [{} for _ in true]
     for part, table in COLOURS.items():
-        other = max(
-            table, key=lambda name: np.abs(np.subtract(table[name], table[face[part]])).sum()
-        )
+        here = table[face[part]]
+        other = max(table, key=lambda name: np.abs(np.subtract(table[name], here)).sum())
         repainted = render_crops(face | {part: other}, motion, square, len(true[0]))
         for mask, before, after in zip(masks, true, repainted):
             change = np.abs(before.astype(float) - after).sum(-1)
@@ -117,13 +116,11 @@ def nearest_colour(rgb, table):
 
 def medians(images, masks, part):
     """Median colour (frames, 3) of one part, of the frames in which enough of it is seen."""
-    return np.array(
-        [
-            np.median(image[mask[part]], 0)
-            for image, mask in zip(images, masks)
-            if part in mask and mask[part].sum() > 8
-        ]
-    )
+    found = []
+    for image, mask in zip(images, masks):
+        if part in mask and mask[part].sum() > 8:
+            found.append(np.median(image[mask[part]], 0))
+    return np.array(found)
 
 
 def shown_colour(images, masks, part):
@@ -295,16 +292,9 @@ def make_case(seed, a, models):
     picture = world.render_clip(person, still, RENDER)
     of_source = data.track(picture, models.landmarker, f"source case {seed}")
     source = data.crop(redrawn(picture, painter)[0], of_source.square, models.size)
-    return RenderedCase(
-        source,
-        driving,
-        tracked.landmarks,
-        face=person,
-        motion=motion,
-        square=tracked.square,
-        shape=of_source.landmarks[0],
-        painter=painter,
-    )
+    truth = dict(face=person, motion=motion, square=tracked.square)
+    shape = of_source.landmarks[0]
+    return RenderedCase(source, driving, tracked.landmarks, **truth, shape=shape, painter=painter)
 
 
 @torch.no_grad()
@@ -406,9 +396,8 @@ def edit_case(seed, a, models):
         changed = float(seen[name][part] == new[part])
         scores[name] = {"changed": changed, f"changed_{part}": changed}
     others = [c for c in COLOURS if c != part]
-    scores["edited"]["kept"] = float(
-        np.mean([seen["plain"][c] == seen["edited"][c] for c in others])
-    )
+    kept = [seen["plain"][c] == seen["edited"][c] for c in others]
+    scores["edited"]["kept"] = float(np.mean(kept))
     return scores, sheet_row(case.source, videos["plain"], videos["true"], videos["edited"])
 
 
@@ -651,11 +640,11 @@ def measure_real(a):
     for name in names:
         limit = NEAR[name.removesuffix("_change")]
         values = np.array([figures[name] for figures in found if name in figures])
-        near[name] = float((values <= limit).mean()) if len(values) else math.nan
-        print(
-            f"{name}: {near[name]:.0%} of {len(values)} pairs within {limit}, "
-            f"median {np.median(values) if len(values) else math.nan:.1f}"
-        )
+        near[name], median = math.nan, math.nan
+        if len(values):
+            near[name], median = float((values <= limit).mean()), np.median(values)
+        pairs_near = f"{near[name]:.0%} of {len(values)} pairs within {limit}"
+        print(f"{name}: {pairs_near}, median {median:.1f}")
     if a.sheet:
         rows = [[None, *(driver.driving for driver in drivers)]]
         rows += [[p.crop, *(shown.get((p.path, d.path)) for d in drivers)] for p in portraits]
@@ -665,6 +654,7 @@ def measure_real(a):
 
 
 # --------------------------------------------------------------------------------------------------
+# The command line
 
 TASKS = {name: run_cases for name in CASES} | dict(controls=measure_controls, real=measure_real)
 # (clips, frames of each) where --n and --frames are not given
@@ -673,11 +663,8 @@ DEFAULTS = dict(controls=(300, 3), real=(None, 8))
 
 def arguments():
     ap, default = data.Parser(__doc__), sample.Settings
-    add, count, steps = (
-        ap.add_argument,
-        data.number(int, 1),
-        data.number(int, 1, sdit.NoiseSchedule.steps),
-    )
+    add, count = ap.add_argument, data.number(int, 1)
+    steps = data.number(int, 1, sdit.NoiseSchedule.steps)
     add("--task", choices=list(TASKS), default="reenact")
     add("--model", type=Path, default=DEMO / "sdit.safetensors")
     add("--n", type=count, help="clips, people or pairs (default: 50; controls: 300; real: all)")

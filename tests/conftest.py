@@ -37,6 +37,11 @@ def random_sdit(frames=4, depth=2, dtype=torch.float32, seed=0, prediction="epsi
     return model.to(dtype).eval().requires_grad_(False)
 
 
+def cache_settings(**more):
+    """What a CacheWriter must be told, invented."""
+    return dict.fromkeys(data.SETTINGS, 0) | more
+
+
 def write_video(path, frames, rate=25, sound=None, times=None):
     """H.264 file of frames (M, h, w, 3) uint8; with `times`, seconds of each frame; with `sound`, a codec, a tone as long as the video."""
     rate = Fraction(rate)

@@ -11,7 +11,7 @@ from PIL import Image
 
 import data
 import sdit
-from conftest import write_video
+from conftest import cache_settings, write_video
 
 
 def shades(M, h=64, w=96):
@@ -234,7 +234,7 @@ def record(M, value, C=4, H=8, S=16):
 
 
 def write_cache(folder, values, frames=12, **about):
-    writer = data.CacheWriter(folder, dict(size=32) | about)
+    writer = data.CacheWriter(folder, cache_settings(size=32) | about)
     entries = [dict(file=f"{value:03d}", frames=frames) for value in values]
     for value, entry in zip(values, entries):
         writer.add(record(frames, value), entry)
@@ -279,7 +279,7 @@ def test_cache_rows(tmp_path):
 def test_signals_are_normalised(tmp_path):
     """Three movements, the least a hundred times smaller than the first: three components of unit variance, uncorrelated; then nothing.
     Scenes that are nearly alike: mean 0, and the total variance of 64 whitened components."""
-    rng, writer = np.random.default_rng(0), data.CacheWriter(tmp_path, dict(size=32))
+    rng, writer = np.random.default_rng(0), data.CacheWriter(tmp_path, cache_settings(size=32))
     moves = rng.normal(size=(3, 478, 3)) * np.array([0.1, 0.01, 0.001])[:, None, None]
     amounts = rng.normal(size=(20, 12, 3))
     scenes = (1 + 0.5 * rng.normal(size=(20, 2, 16))).astype(np.float16)

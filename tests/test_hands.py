@@ -24,7 +24,7 @@ import evaluate
 import sample
 import sdit
 import train
-from conftest import ROOT, random_sdit, write_video
+from conftest import cache_settings, ROOT, random_sdit, write_video
 from test_data import shades, write_cache
 from test_train import cache, run, same  # noqa: F401 (a fixture)
 
@@ -177,13 +177,13 @@ def test_torn_rows_and_records_are_made_again(tmp_path):
     rows._path(4).write_bytes(whole.replace(b"latent", b"patent"))
     assert [row in rows for row in range(6)] == [False, False, False, True, False, False]
     folder = write_cache(tmp_path / "cache", [1, 2])
-    writer = data.CacheWriter(folder, dict(size=32))
+    writer = data.CacheWriter(folder, cache_settings(size=32))
     record_of_2 = writer.path("002")
     record_of_2.write_bytes(record_of_2.read_bytes()[:-5])
     assert writer.read(writer.path("001")) and writer.read(record_of_2) is None
     with pytest.raises(sdit.UserError, match="gone or torn .*; remove .*index.json"):
         [data.Rows(folder, 8)[n] for n in range(2)]
-    for torn in ('{"clips": [[1', "[]", '{"clips": [["a", null]]}', '{"shards": []}'):
+    for torn in ('{"clips": [[1', '{"clips": [["a", 9], ["b", 30]]}', "[]", '{"clips": [["a", null]]}', '{"shards": []}'):
         (folder / "index.json").write_text(torn)
         with pytest.raises(sdit.UserError, match="torn|older data.py"):
             data.Rows(folder, 8)

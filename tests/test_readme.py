@@ -25,12 +25,12 @@ def commands(text):
 def smallest(command):
     """The command at a size that takes seconds."""
     script = command[1]
-    values = {"--clips": "2", "--steps": "2", "--batch": "2"}
+    values = {"--clips": "2", "--frames": "4", "--steps": "2", "--batch": "2"}
     small = [values.get(before, word) for before, word in zip([None, *command], command)]
     if script == "sample.py":
         small += ["--steps", "2", "--only", "0:2"]
     if script == "demo/world.py":
-        small += ["--frames", "8"]
+        small += ["--frames", "8", "--size", "128"]
     return [sys.executable, str(ROOT / script), *small[2:]]
 
 

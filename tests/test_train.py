@@ -402,23 +402,23 @@ def test_blocks_are_compiled_whole(monkeypatch):
 def test_start_from_other_weights(cache, tmp_path, monkeypatch, capsys):
     """--init: a model of ours; DiT's names without the mapping network and with a class embedding; a file that does not fit."""
     torch.manual_seed(1)
-    model = sdit.SDiT(sdit.make_config("demo", 2))
+    model = sdit.SDiT(sdit.make_config("demo", 2, latent_channels=6))
     sdit.save_model(tmp_path / "ours.safetensors", model)
-    other = sdit.SDiT(sdit.make_config("demo", 4))
+    other = sdit.SDiT(sdit.make_config("demo", 4, latent_channels=6))
     train.init_weights(other, tmp_path / "ours.safetensors")                      # the number of frames may differ
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
     assert not capsys.readouterr().out
-    train.init_weights(sdit.SDiT(sdit.make_config("demo", 4, clip="new", clip_sha256="2")), tmp_path / "ours.safetensors")
+    train.init_weights(sdit.SDiT(sdit.make_config("demo", 4, latent_channels=6, clip="new", clip_sha256="2")), tmp_path / "ours.safetensors")
     assert "was trained with another clip" in (said := capsys.readouterr().out) and "autoencoder" not in said
     image = {k: v for k, v in model.state_dict().items() if not k.startswith("mapping.")}
     extra = {"pos_embed": torch.zeros(1, 64, 256), "y_embedder.embedding_table.weight": torch.zeros(1001, 256)}
     torch.save(image | extra, tmp_path / "DiT.pt")
-    fresh = sdit.SDiT(sdit.make_config("demo", 4))
+    fresh = sdit.SDiT(sdit.make_config("demo", 4, latent_channels=6))
     before = {k: v.clone() for k, v in fresh.state_dict().items()}
     train.init_weights(fresh, tmp_path / "DiT.pt")
     assert "not for commercial use" in capsys.readouterr().out
     assert all(torch.equal(v, before[k] if k.startswith("mapping.") else image[k]) for k, v in fresh.state_dict().items())
-    with pytest.raises(sdit.UserError, match=r"does not fit this network: x_embedder.proj.weight is \(192, 16, 2, 2\), expected \(384, 4, 2, 2\)"):
+    with pytest.raises(sdit.UserError, match=r"does not fit this network: x_embedder.proj.weight is \(192, 6, 2, 2\), expected \(384, 4, 2, 2\)"):
         train.init_weights(sdit.SDiT(sdit.make_config("S/2", 4)), tmp_path / "ours.safetensors")
     run(cache, tmp_path / "run", monkeypatch, "--init", str(tmp_path / "DiT.pt"))
     for name in ("DiT.pt", "ours.safetensors"):
