@@ -1,11 +1,14 @@
 """What several tests share: small random models, rendered faces, videos of known content."""
 import importlib.util
+import os
 import sys
 from fractions import Fraction
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo"), str(ROOT / "tests")]
+if "PYTEST_XDIST_WORKER" in os.environ:                                         # several processes share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import av
 import numpy as np
