@@ -1494,7 +1494,10 @@ def run_main(main):
     code = 2
     try:
         main()
-        return flush()
+        flush()
+        if SAID:  # gloo's threads may still let go of tensors, which aborts when Python ends
+            os._exit(0)
+        return
     except UserError as e:
         code, text = e.code, f"error: {e}"
     except KeyboardInterrupt as e:

@@ -439,6 +439,15 @@ def test_a_users_error_under_torchrun_is_one_message(tmp_path):
     assert "Traceback" not in done.stderr, done.stderr
 
 
+def test_a_rank_ends_without_python_s_own_end(tmp_path):
+    """Threads of gloo's that let go of tensors while Python ends abort the process."""
+    script = "import atexit, os, data; atexit.register(os.abort); data.run_main(lambda: print('done'))"
+    alone, rank = (subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
+                   for env in ({}, dict(TORCHELASTIC_ERROR_FILE=str(tmp_path / "attempt/0/error.json"))))
+    assert alone.returncode == -signal.SIGABRT                                  # so the trap works
+    assert rank.returncode == 0 and rank.stdout == "done\n"
+
+
 def test_lines_that_need_one_another_under_torchrun(tmp_path, clip):
     """A line fails, the next one drives with the result of the first, the last would write over that."""
     write_video(tmp_path / "d.mp4", clip[0][:6])
