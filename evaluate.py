@@ -433,15 +433,18 @@ def read_crops(path, tracked, driving, frames, size):
     return np.stack([crops[f] for f in frames])
 
 
-def read_case(files, models, M, seed):
-    """A Case of M consecutive frames from a random start (paper 4.3.1)."""
+def read_case(files, models, M, seed, fps=None):
+    """A Case of M consecutive frames from a random start (paper 4.3.1). With `fps` frames of the
+    driving video are left out, so that about so many a second stay."""
     path, video = files.driving, data.Video(files.driving)
-    if len(video) <= M:
-        raise UserError(f"{path} has {len(video)} frames; {M} and a source need {M + 1}")
+    every = max(1, round(video.fps / fps)) if fps else 1
+    span = (M - 1) * every + 1
+    if len(video) <= span:
+        raise UserError(f"{path} has {len(video)} frames; {M} and a source need {span + 1}")
     tracked = track(path, models.landmarker)
-    after = len(video) - M
+    after = len(video) - span
     first = int(np.random.default_rng(seed).integers(0, after + 1))
-    chosen = list(range(first, first + M))
+    chosen = list(range(first, first + span, every))
     furthest = 0 if first >= after - first else len(video) - 1
 
     size = PIXELS if files.result else models.size
@@ -476,8 +479,9 @@ def sample_latents(models, source, landmarks, settings, plan=None, scene=None):
 @torch.no_grad()
 def sample_images(models, source, landmarks, settings, plan=None, scene=None):
     """The same decoded: (M, size, size, 3) uint8."""
-    latents = sample_latents(models, source, landmarks, settings, plan, scene)
-    return data.to_images(models.autoencoder.decode(latents.to(models.device)))
+    latents = sample_latents(models, source, landmarks, settings, plan, scene).to(models.device)
+    decode = models.autoencoder.decode
+    return np.concatenate([data.to_images(decode(part)) for part in latents.split(16)])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -493,12 +497,15 @@ def find_landmarks(landmarker, images, size=PIXELS):
 
 @torch.no_grad()
 def clip_vectors(models, images):
-    return models.encoder.images(data.to_tensor(images)).cpu().numpy()
+    parts = data.to_tensor(images).split(16)
+    return torch.cat([models.encoder.images(part) for part in parts]).cpu().numpy()
 
 
 def measure_case(case, made, models, nets):
     """All that metrics need of the result `made` (M, h, h, 3) of a case: a dict of arrays."""
     values = dict(source_clip=clip_vectors(models, case.source[None])[0])
+    if "attributes" in nets:
+        values["source_attributes"] = nets["attributes"](case.source[None])[0]
     for who, images in dict(made=made, driving=case.driving).items():
         values[f"{who}_landmarks"] = find_landmarks(models.landmarker, images)
         values[f"{who}_clip"] = clip_vectors(models, images)
@@ -547,13 +554,13 @@ def measure_all(a, key, files, measure):
     return found
 
 
-def measure_videos(a, title, files, M, nets={}, plan=None, **settings):
+def measure_videos(a, title, files, M, nets={}, plan=None, fps=None, **settings):
     """{name: what `measure_case` returns} of the results in `files` {name: Files}, or of what our
     model makes with `settings`. plan(number of the clip): in place of sample.plan_rows."""
     models = load_models(a.model)
 
     def measure(number, name):
-        case = read_case(files[name], models, M, [a.seed, number])
+        case = read_case(files[name], models, M, [a.seed, number], fps)
         made = case.result
         if made is None:
             ours, rows = sampling(a, number, **settings), plan and plan(number)
@@ -561,7 +568,7 @@ def measure_videos(a, title, files, M, nets={}, plan=None, **settings):
         return measure_case(case, made, models, nets)
 
     chosen = dataclasses.astuple(sampling(a, **settings))
-    key = [title, models.sha256, a.clips, a.pairs, a.videos, M, chosen, sorted(nets)]
+    key = [title, models.sha256, a.clips, a.pairs, a.videos, M, fps, chosen, sorted(nets)]
     return measure_all(a, key, files, measure)
 
 
@@ -652,10 +659,22 @@ PAPER = {  # of its XL model on its own clips, same and cross identity
     "Self-CSIM": ("0.04", "0.04"),
 }
 
+# What CSIM should measure, on the demo's world, where probes read it (see demo/experiments.py)
+KEPT = "hair, shirt, background, skin as the source's, % of frames"
+CHANGES = "changes of these from a frame to the next, %"
 
 # Digits of the metrics in the table, where it is not one
 DIGITS = {"CSIM": 3, "Self-CSIM": 3, "SSIM": 2, "mouth: error, fraction of the eyes' distance": 3}
 DIGITS |= {f"{k}: correlation": 2 for k in ("yaw", "mouth", "eyes")}
+
+
+def attribute_nets(a):
+    """{"attributes": function of images (M, h, h, 3)} on the demo's world, else nothing."""
+    if a.clips or a.pairs or not (a.out / "world" / "faces").is_dir():
+        return {}
+    import experiments
+
+    return dict(attributes=experiments.attribute_probe(a))
 
 
 def clip_metrics(r):
@@ -669,6 +688,11 @@ def clip_metrics(r):
         "CSIM": csim(r["source_clip"], r["made_clip"]),
         "Self-CSIM": self_csim(r["made_clip"], r["driving_clip"]),
     }
+    if "made_attributes" in r:
+        here, there = r["made_attributes"], r["driving_attributes"]  # (M, 4) names, as numbers
+        values[KEPT] = 100 * (here == r["source_attributes"]).mean()
+        values[CHANGES] = 100 * (here[1:] != here[:-1]).mean()
+        values[f"{CHANGES}: of the driving video"] = 100 * (there[1:] != there[:-1]).mean()
     if "made_hyperiqa" in r:
         values["HyperIQA"] = r["made_hyperiqa"].mean()
     if "psnr" in r:
@@ -736,6 +760,7 @@ def table1(a, same):
     protocol = "same" if same else "cross"
     files, given = table1_files(a, same)
     nets, missing = load_nets(a.weights, load_models(a.model).device)
+    nets |= attribute_nets(a)
     found = {}
     for method in [given] if given else sample.METHODS:
         settings = {} if given else dict(method=method)
@@ -774,30 +799,42 @@ def table1(a, same):
 
 
 def length(a, lengths=(12, 16, 20, 24)):
-    """Self-CSIM of self-reenactment against the number of frames."""
-    files, methods, found = list_clips(a), sample.METHODS, {}
+    """Self-CSIM of self-reenactment against the number of frames, consecutive ones and then of 8 a
+    second, since frames of training rows are further apart than those of MultiDiffusion's windows.
+    """
+    for fps in (None, 8):
+        length_at(a, fps, lengths)
+
+
+def length_at(a, fps, lengths):
+    files, nets, methods, found = list_clips(a), attribute_nets(a), sample.METHODS, {}
+    rate = f", {fps} frames a second" if fps else ""
     for M in lengths:
         for method in methods:
-            title = f"length {M}, {method}"
-            found[M, method] = measure_videos(a, title, files, M, method=method)
+            title = f"length {M}{rate}, {method}"
+            found[M, method] = measure_videos(a, title, files, M, nets, fps=fps, method=method)
 
-    values = {}
-    for column, results in measured_by_all(found).items():
-        values[column] = [clip_metrics(r)["Self-CSIM"] for r in results.values()]
-    lines = {m: zip(*(bootstrap(values[M, m]) for M in lengths)) for m in methods}
+    rows, found = [], measured_by_all(found)
+    clips = {k: [clip_metrics(r) for r in results.values()] for k, results in found.items()}
+    for metric, digits in {"Self-CSIM": 3, CHANGES: 1}.items():
+        if metric not in clips[lengths[0], "anchored"][0]:
+            continue
+        values = {k: np.array([c[metric] for c in some]) for k, some in clips.items()}
+        for M in lengths:
+            row = [with_interval(values[M, m], digits) for m in methods]
+            ours = values[M, "anchored"]
+            gaps = [with_interval(ours - values[M, m], digits) for m in methods[1:]]
+            rows.append([metric, M, *row, *gaps])
+        if metric == "Self-CSIM":
+            lines = {m: zip(*(bootstrap(values[M, m]) for M in lengths)) for m in methods}
+
     labels = dict(xlabel="frames", ylabel="Self-CSIM (lower is better)", xticks=lengths)
     figure = plot(lengths, lines, **labels)
-
-    rows = [[M, *(with_interval(values[M, m], 3) for m in methods)] for M in lengths]
-    count = len(values[lengths[0], "anchored"])
+    header = ["", "frames", *methods, *(f"anchored minus {m}, video by video" for m in methods[1:])]
     paper = "anchored below MultiDiffusion at every length, the gap growing with it"
-    notes = [f"{count} videos a point. The paper: {paper}."]
-    for M in lengths:
-        for m in methods[1:]:
-            gap = with_interval(np.subtract(values[M, "anchored"], values[M, m]), 3)
-            notes.append(f"At {M} frames, anchored minus {m}, video by video: {gap}.")
-    title = "Self-CSIM against length (Fig. 5)"
-    write_table(a, "length", title, ["frames", *methods], rows, notes, figure)
+    notes = [f"{len(ours)} videos a point. The paper: {paper}."]
+    title = f"Consistency against length{rate} (Fig. 5)"
+    write_table(a, f"length-{fps}" if fps else "length", title, header, rows, notes, figure)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -808,7 +845,7 @@ COMMANDS = dict(
     cross=functools.partial(table1, same=False),
     length=length,
 )
-EXPERIMENTS = ("pairs", "world", "ablation", "scenes", "guidance", "figures", "report", "all")
+EXPERIMENTS = "pairs world long ablation scenes guidance figures report all".split()
 
 
 def arguments():
@@ -832,7 +869,10 @@ def arguments():
     add("--steps", type=steps, default=default.steps, help="denoising steps")
     weight = number(float, -100, 100)
     add("--guidance", type=weight, default=default.guidance, help="classifier-free guidance weight")
-    add("--train-steps", type=count, default=2000, help="of `guidance`: steps of each denoiser")
+    add("--train-steps", type=count, default=6000, help="of `guidance`: steps of each denoiser")
+    add("--size", default="demo", help="of `guidance`: the denoisers' (paper: B/4)")
+    kinds = dict(choices=("epsilon", "v"), default="v")
+    add("--prediction", **kinds, help="of `guidance`: what the denoisers predict")
     add("--seed", type=number(int, 0, 2**31), default=0, help="of noise and choices")
     a = ap.parse_intermixed_args()  # folders may stand behind options
     if a.folders and a.command != "pairs":
@@ -845,14 +885,11 @@ def arguments():
 def main():
     a = arguments()
     a.left_out = []  # why clips could not be measured
-    commands = COMMANDS
-    if a.command in EXPERIMENTS:
-        sys.path.insert(0, str(DEMO))
-        import experiments
+    sys.path.insert(0, str(DEMO))
+    import experiments
 
-        commands = experiments.COMMANDS
     with data.owned(a.out / a.command):
-        commands[a.command](a)
+        (COMMANDS | experiments.COMMANDS)[a.command](a)
     if a.left_out:
         raise UserError(f"{len(a.left_out)} left out, named above", code=1)
 

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -265,6 +266,114 @@ def test_report_and_pairs(small_world, tmp_path):
 def test_all_of_ones_own_videos_are_judged(line, n, monkeypatch):
     monkeypatch.setattr("sys.argv", ["evaluate.py", *line.split()])
     assert evaluate.arguments().n == n
+
+
+def test_frames_of_a_slower_rate(small_world, landmarker, monkeypatch):
+    """Of 12 frames at 24 a second every third is taken at 8, and the source is the frame furthest from them."""
+    chosen, models = [], type("", (), dict(size=64, landmarker=landmarker))
+    monkeypatch.setattr(evaluate, "read_crops", lambda path, tracked, video, frames, size: chosen.append(frames) or np.zeros((len(frames), 1)))
+    files = evaluate.Files(small_world / "world" / "clips" / "0.mp4")
+    for seed in range(20):
+        evaluate.read_case(files, models, 4, seed, fps=8)
+    assert all(np.diff(frames[1:]).tolist() == [3, 3, 3] for frames in chosen) and {frames[1] for frames in chosen} == {0, 1, 2}
+    assert all(frames[0] == (0 if frames[1] else 11) for frames in chosen)
+    with pytest.raises(UserError, match="12 frames; 5 and a source need 14"):
+        evaluate.read_case(files, models, 5, 0, fps=8)
+
+
+def made_elsewhere(path, clip, landmarker, side, rate, codec):
+    """A clip as another program gives it back: its square alone, at another size and rate, by another codec."""
+    import av
+    video = data.Video(clip)
+    square = data.track(video, landmarker, clip).square
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=rate, options=dict(qscale="2"))
+        stream.width = stream.height = side
+        stream.pix_fmt, stream.bit_rate = "yuvj420p" if codec == "mjpeg" else "yuv420p", 4_000_000
+        for frame in video:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(data.crop(frame, square, side), "rgb24")))
+        out.mux(stream.encode())
+
+
+def test_videos_made_elsewhere(small_world, landmarker, tmp_path):
+    """The true results as FOMM's and others' programs would write them. By name in `--videos`, or by the column out."""
+    clips, pairs = small_world / "world" / "clips", small_world / "world" / "pairs.csv"
+    for i, (ending, codec) in enumerate([("avi", "mjpeg"), ("webm", "libvpx"), ("mov", "mpeg4")]):
+        made_elsewhere(tmp_path / "peer" / f"{i}.{ending}", clips / f"{i}.mp4", landmarker, 160 + 32 * i, 25 + i, codec)
+    assert run(small_world, "same", "--clips", clips, "--videos", tmp_path / "peer", "--frames", 6)[0] == 0
+    _, table = result(small_world, "same-peer")
+    assert float(table["LMSE"][0].split()[0]) < 2.5 and float(table["PSNR against the truth, dB"][0].split()[0]) > 28
+
+    lines = [files._asdict() for files in evaluate.read_pairs(pairs).values()]
+    for i, line in enumerate(lines):
+        line["out"] = tmp_path / "other" / f"source_{i} driving_{i}, result.mkv"
+        made_elsewhere(line["out"], small_world / "world" / "truth" / f"{i}.mp4", landmarker, 224, 30, "libx264")
+    experiments.write_pairs(tmp_path / "pairs.csv", [{k: line[k] for k in ("source", "driving", "out")} for line in lines])
+    assert run(small_world, "cross", "--pairs", tmp_path / "pairs.csv", "--frames", 6)[0] == 0
+    _, table = result(small_world, "cross-given")
+    assert len(table["LMSE"]) == 2 and float(table["yaw: correlation"][0].split()[0]) > 0.6
+
+
+def test_ratios_of_errors_have_intervals_over_people():
+    base = np.random.default_rng(0).uniform(1, 2, (100, 5))
+    assert experiments.ratio(base / 2, base) == "0.500 ± 0.000"
+    mean, half = map(float, experiments.ratio(base * np.random.default_rng(1).uniform(0.4, 0.6, (100, 1)), base).split(" ± "))
+    assert abs(mean - 0.5) < 0.02 and half == pytest.approx(1.96 * 0.2 / 12 ** 0.5 / 10, rel=0.25)
+
+
+def test_periodicity():
+    noise, frames = np.random.default_rng(0).standard_normal(1000), np.arange(1000)
+    assert experiments.periodicity(noise) < 0.15
+    assert experiments.periodicity(np.sin(frames / 10) + 0.1 * noise) > 0.8
+    assert experiments.periodicity(np.cumsum(noise) * 0 + (frames % 50 == 0)) > 0.8         # falls back every 50 frames
+    assert math.isnan(experiments.periodicity(noise[:12]))
+
+
+def test_probes_read_what_a_person_wears(world, tmp_path, landmarker):
+    """Of rendered faces that they were fitted on; and they tell the changes of a video that changes."""
+    folder = tmp_path / "world" / "faces"
+    folder.mkdir(parents=True)
+    for i in range(24):
+        Image.fromarray(world.sample_clip([experiments.FACES_SEED, i], 1, 128)[0][0]).save(folder / f"{i:04d}.png")
+    a = type("", (), dict(model=evaluate.DEMO / "sdit.safetensors", out=tmp_path, clips=None, pairs=None))
+    read = evaluate.attribute_nets(a)["attributes"]
+    models, right = evaluate.load_models(a.model), []
+    for i in range(24):
+        crop = evaluate.sample.read_source(folder / f"{i:04d}.png", landmarker, models.size, 0)[0]
+        face = world.sample_face(np.random.default_rng([experiments.FACES_SEED, i]))
+        true = [list(t).index(face[k]) for k, t in dict(hair=world.HAIR, shirt=world.CLOTH, back=world.CLOTH, skin=world.SKIN).items()]
+        right.append(read(crop[None])[0] == true)
+    assert np.mean(right) > 0.95
+
+    points = faces(2)
+    r = dict(made_landmarks=points, driving_landmarks=points, source_clip=np.ones(2), made_clip=np.ones((2, 2)), driving_clip=np.ones((2, 2)))
+    r |= dict(source_attributes=np.array([1, 2, 3, 4]), made_attributes=np.array([[1, 2, 3, 4], [1, 2, 3, 0]]), driving_attributes=np.zeros((2, 4)))
+    values = evaluate.clip_metrics(r)
+    assert values[evaluate.KEPT] == 87.5 and values[evaluate.CHANGES] == 25 and values[f"{evaluate.CHANGES}: of the driving video"] == 0
+    a.clips = folder
+    assert not evaluate.attribute_nets(a)
+
+
+def test_the_whole_evaluation_runs_every_part(tmp_path, monkeypatch):
+    """Its commands are understood, and a part that fails is named at the end."""
+    seen, lock = [], threading.Lock()
+
+    def started(command, **_):
+        script, rest = Path(command[1]).name, command[2:]
+        with lock:
+            monkeypatch.setattr("sys.argv", [script, *rest])
+            seen.append((script, rest[0], evaluate.arguments() if script == "evaluate.py" else data.arguments()))
+        return type("", (), dict(stdout="a table", stderr="left out: x: no face\n", returncode=int(rest[0] == "scenes")))
+    monkeypatch.setattr(experiments.subprocess, "run", started)
+    monkeypatch.setattr(experiments, "render_world", lambda a, more: None)
+    (tmp_path / "same.json").write_text(json.dumps(dict(name="same", markdown="**A table**", picture=None, model="0" * 64)))
+    code, errors = run(tmp_path, "all", "--guidance", "1.5")
+    assert code == 1 and "1 left out" in errors
+    commands = [first for script, first, _ in seen if script == "evaluate.py"]
+    assert sorted(commands) == ["ablation", "cross", "figures", "guidance", "length", "long", "same", "scenes"]
+    assert all(a.guidance == 1.5 and a.steps == 1 for script, _, a in seen if script == "evaluate.py")
+    assert [script for script, *_ in seen].index("data.py") < commands.index("guidance") + 2 and (tmp_path / "report.md").exists()
 
 
 def test_denoisers_with_less_see_less(tmp_path):
