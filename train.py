@@ -12,6 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import re
@@ -54,8 +55,7 @@ def arguments():
     add("--prediction", str, "epsilon", "v learns faster at first", choices=("epsilon", "v"))
 
     # files
-    shares = "made by data.py; several with shares, as in a:0.9 b:0.1"
-    add("--data", str, ["cache"], shares, nargs="+", metavar="CACHE[:SHARE]")
+    add("--data", str, ["cache"], "by data.py; mixed: a:0.9 b:0.1", nargs="+", metavar="CACHE")
     add("--out", Path, None, "folder of the run (default: runs/SIZE-FRAMES)")
     add("--init", Path, None, "initial weights: a model file of train.py, or DiT-XL-2-256x256.pt")
 
@@ -75,18 +75,15 @@ def arguments():
     add("--seed", data.number(int, 0, 2**31), 0, "of weights, rows and noise")
 
     # the machine
-    precision_help = "of matrix products (default: bf16 where the device has it)"
-    add("--precision", str, None, precision_help, choices=("bf16", "fp32"))
+    add("--precision", str, None, "default: bf16 where it is fast", choices=("bf16", "fp32"))
     add("--accumulate", count, 1, "parts of a process's rows, one after another, to save memory")
     compile_help = "torch.compile the blocks: a minute's wait, then faster (default: on a GPU)"
     ap.add_argument("--compile", action=argparse.BooleanOptionalAction, help=compile_help)
-    workers_help = "processes that load rows (default: 4 with a GPU, else 0)"
-    add("--workers", data.number(int, 0, 256), None, workers_help)
+    add("--workers", data.number(int, 0, 256), None, "load rows (default: 4 with a GPU, else 0)")
     add("--log-every", count, 50, "steps between log lines")  # torchrun takes --log for its own
     add("--save-minutes", positive, 15, "minutes between states; 0: after every step")
     add("--preview", natural, 2000, "steps between pictures, RUN/preview-STEP.png; 0: none")
-    plot_help = "train nothing; draw losses, learning rate and speed of a run as RUN/log.png"
-    add("--plot", Path, None, plot_help, metavar="RUN")
+    add("--plot", Path, None, "only draw losses and speed of a run: RUN/log.png", metavar="RUN")
 
     a = ap.parse_args()
     a.rank, a.world, _ = data.ranks()
@@ -389,19 +386,16 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: self.signals.append(number))
 
+        self.meter, self.saver, self.saved = Meter(device), Saver(a.out), time.monotonic()
+
         model = networks[0]
-        self.flops = row_flops(model.config)
-        bf16 = a.precision == "bf16"
-        self.peak = device_peak(device, torch.bfloat16 if bf16 else torch.float32)
         self.preview = build_preview(a, model.config, device)
         if a.rank == 0:
             million = sum(p.numel() for p in model.parameters()) / 1e6
             print(
                 f"{a.size}, {a.frames} frames: {million:.1f} M parameters; {len(rows)} clips; "
-                f"{a.world} x {device.type}, {a.precision}, peak {self.peak:.3g} TFLOP/s; "
-                f"from step {start}"
+                f"{a.world} x {device.type}, {a.precision}; from step {start}"
             )
-        self.meter, self.saver, self.saved = Meter(device), Saver(a.out), time.monotonic()
 
     def check(self, step):
         """Whether there is something to log or save after `step` steps. Several processes agree on
@@ -441,16 +435,22 @@ class Run:
             return
 
         entry = dict(step=step, **means, norm=self.norm)
+        model, _, optimizer = self.networks
         rate = (step - self.logged) * a.batch / self.meter.lap()
-        tflops = rate * self.flops / 1e12
-        entry |= dict(lr=self.networks[2].param_groups[0]["lr"], rows_per_s=rate, tflops=tflops)
-        memory = data.peak_memory(self.meter.sums.device)
-        entry |= dict(mfu=tflops / self.peak / a.world, memory_gib=memory)
-        entry |= dict(eta_s=(a.steps - step) * a.batch / rate)
+        tflops = rate * row_flops(model.config) / 1e12
+        mfu, memory = tflops / self.peak / a.world, data.peak_memory(self.meter.sums.device)
+        entry |= dict(lr=optimizer.param_groups[0]["lr"], rows_per_s=rate, tflops=tflops, mfu=mfu)
+        entry |= dict(memory_gib=memory, eta_s=(a.steps - step) * a.batch / rate)
         self.logged = step
         with open(a.out / "log.jsonl", "a") as log:
             log.write(json.dumps(entry) + "\n")
         tqdm.write(log_text(entry))
+
+    @functools.cached_property
+    def peak(self):
+        dtype = torch.bfloat16 if self.a.precision == "bf16" else torch.float32
+        with self.meter.pause():
+            return device_peak(self.meter.sums.device, dtype)
 
     def maybe_save(self, step):
         if not self.saving:

@@ -601,8 +601,10 @@ def build_sdit(recipe):
     start = {}
     for frames, steps, batch, lr in recipe.runs:
         out = recipe.folder / f"sdit-{frames}"
+        worth_it = steps >= 10_000 and shutil.which("c++")  # a seventh faster, after a minute
         run(
             "train.py",
+            "--compile" if worth_it else "--no-compile",
             "--data",
             *mixture,
             processes=recipe.processes,
