@@ -48,9 +48,10 @@ class Recipe:
     """What is built, and how long each network is trained."""
 
     folder: Path = DEMO / "build"
-    clips: int = 3000  # seeds 0 .. clips - 1
+    clips: int = 3066  # seeds 0 .. clips - 1
     frames: int = 12  # at `fps`: rows of a clip reach over up to two seconds
     fps: int = 6
+    more: int = 4500  # clips of 8 frames at 4 a second, for the sDiT: it learns people by heart
     paintings: int = 500
     render: int = 144  # pixels of the rendered frames, a little more than ...
     size: int = 128  # ... those that the models see
@@ -73,6 +74,7 @@ QUICK = Recipe(
     folder=DEMO / "build" / "quick",
     clips=160,
     frames=8,
+    more=0,
     paintings=16,
     render=72,
     size=64,
@@ -102,13 +104,19 @@ PAINTING_SEED = 2_000_000
 # Rendered clips
 
 
+def clip_length(recipe, seed):
+    """(frames, frames a second) of a clip."""
+    return (recipe.frames, recipe.fps) if seed < recipe.clips else (8, 4)
+
+
 def make_clip(recipe, seed):
     """Render, track and crop one clip with data.py's own functions, as FOLDER/clips/SEED.npz.
     Returns the number of frames without a face."""
     path = recipe.folder / "clips" / f"{seed:06d}.npz"
     if path.exists():
         return 0
-    frames, caption, _, _ = world.sample_clip(seed, recipe.frames, recipe.render, recipe.fps)
+    count, fps = clip_length(recipe, seed)
+    frames, caption, _, _ = world.sample_clip(seed, count, recipe.render, fps)
     if not hasattr(make_clip, "landmarker"):  # one a process
         make_clip.landmarker = data.FaceLandmarker()
     tracked = data.track(frames, make_clip.landmarker, f"clip {seed}")
@@ -125,8 +133,9 @@ def build_clips(recipe):
     world.assets()  # read once, before several processes do
     with multiprocessing.get_context("spawn").Pool() as pool:  # MediaPipe does not survive a fork
         make = functools.partial(make_clip, recipe)
-        missed = sum(tqdm(pool.imap(make, range(recipe.clips), 8), "clips", recipe.clips))
-    print(f"{recipe.clips} clips of {recipe.frames} frames; faces missed in {missed} frames")
+        count = recipe.clips + recipe.more
+        missed = sum(tqdm(pool.imap(make, range(count), 8), "clips", count))
+    print(f"{count} clips; faces missed in {missed} frames")
     (recipe.folder / "clips" / "done").write_text("")
 
 
@@ -550,16 +559,18 @@ def build_cache(recipe):
     width = CLIP["embed_dim"]
     about = data.cache_about(autoencoder_path, clip_path, autoencoder, width, recipe.size)
 
-    folder = recipe.folder / "cache"
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
-    writer, entries = data.CacheWriter(folder, about), []
-    for seed in tqdm(range(recipe.clips), "cache"):
-        clip = np.load(recipe.folder / "clips" / f"{seed:06d}.npz")
+    folder, names = recipe.folder / "cache", []
+    writer = data.CacheWriter(folder, about)
+    for seed in tqdm(range(recipe.clips + recipe.more), "cache"):
+        names.append(f"{seed:06d}")
+        if writer.read(writer.path(names[-1])):  # of a run that was stopped
+            continue
+        clip = np.load(recipe.folder / "clips" / f"{names[-1]}.npz")
         tracked = data.Track(clip["landmarks"], clip["found"], clip["square"])
-        record = data.encode_clip(clip["pixels"], tracked, recipe.fps, autoencoder, encoder)
-        entries.append(dict(file=f"{seed:06d}", frames=recipe.frames))
-        writer.add(record, entries[-1])
-    writer.finish(entries)
+        count, fps = clip_length(recipe, seed)
+        record = data.encode_clip(clip["pixels"], tracked, fps, autoencoder, encoder)
+        writer.add(record, dict(file=names[-1], frames=count))
+    writer.finish([writer.read(writer.path(name)) for name in names])
     shutil.copy(autoencoder_path, folder)  # train.py's previews look for it there
 
 

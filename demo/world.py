@@ -1262,10 +1262,11 @@ def main():
     a = parser.parse_args()
 
     import imageio.v3 as imageio
+    from tqdm import tqdm
 
     a.out.mkdir(parents=True, exist_ok=True)
     captions = {}
-    for i in range(a.clips):
+    for i in tqdm(range(a.clips), "rendering", unit="clip", disable=None):
         name = f"{i:04d}.mp4"
         video, captions[name], _, _ = sample_clip(a.seed + i, a.frames, a.size, a.fps)
         imageio.imwrite(a.out / name, video, fps=a.fps, codec="libx264", plugin="pyav")

@@ -1,6 +1,7 @@
 """A small model, and its graphs in ONNX, each written once for all tests of exports."""
 import itertools
 
+import onnx
 import pytest
 import torch
 
@@ -45,3 +46,21 @@ def runner(kind, path, precision="fp32"):
 def cases(model, form, branches=2):
     for seed, (rows, slot, t) in enumerate(itertools.product((1, 2, 5), (0, 1, 3), (0, 500, 999))):
         yield export.example(model.config, form, rows, branches, slot, t, seed)
+
+
+# Operators that TensorRT's ONNX parser documents (onnx-tensorrt, docs/operators.md, for TensorRT 10.0 and later, opset 20), with all of
+# float32, float16 and bfloat16 where they compute
+TENSORRT_OPERATORS = set("""Add And Cast Concat Cos Div Equal Exp Expand Gather Gelu Gemm GreaterOrEqual Identity LayerNormalization Less
+    MatMul Mul Neg Pow Reshape Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze Where""".split())
+
+
+def check_structure(model, form, path):
+    proto = onnx.load(path, load_external_data=False)
+    operators = [node.op_type for node in proto.graph.node]
+    assert set(operators) <= TENSORRT_OPERATORS
+    assert operators.count("Softmax") == model.config.depth * (2 if form == "packed" else 1)    # attentions
+    axes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in [*proto.graph.input, *proto.graph.output]}
+    rows = axes["latents"][0]
+    assert isinstance(rows, str) and rows and all(axes[name][0] == rows for name in (*export.OPEN, "output"))
+    assert all(isinstance(n, int) for name in axes for n in axes[name][name in (*export.OPEN, "output"):])
+    assert {o.version for o in proto.opset_import if not o.domain} == {export.OPSET}

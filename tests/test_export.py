@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from graphs import CPU, both_predictions, cases, runner
+from graphs import CPU, both_predictions, cases, check_structure, runner
 
 import data
 import export
@@ -24,6 +24,8 @@ from sdit import UserError
 @pytest.mark.parametrize("form", ["override", "packed", "rest"])
 def test_float32_graphs_equal_the_model(small_model, onnx_graph, tmp_path, form, kind):
     path = onnx_graph(small_model, form, "fp32") if kind == "onnx" else export.write_torchscript(export.build_graph(small_model, form), form, tmp_path)
+    if kind == "onnx":
+        check_structure(small_model, form, path)
     run = runner(kind, path)
     for inputs in cases(small_model, form):
         for result, expected in zip(run(inputs), export.reference(small_model, form, inputs), strict=True):
