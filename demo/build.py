@@ -62,7 +62,7 @@ class Recipe:
     unseen: int = 1200  # faces that CLIP is tested on
     processes: int = 2 if device == "cpu" and os.cpu_count() > 1 else 1  # of the sDiT's training
     # of the sDiT: frames, steps, rows a step, learning rate
-    runs: tuple = ((1, 100_000, 32, 1.8e-3), (4, 100_000, 16, 1e-3))
+    runs: tuple = ((1, 19_000, 32, 1.8e-3), (4, 60_000, 16, 1e-3))
 
     @property
     def shipped(self):
