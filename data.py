@@ -1582,7 +1582,7 @@ def arguments():
     add("--out", type=Path, default=Path("cache"), help="folder of the cache")
     add("--autoencoder", default=DEMO / "autoencoder.safetensors", help="file, sd-vae-ft-mse, -ema")
     add("--clip", default=DEMO / "clip.safetensors", help="file, or ViT-L-14")
-    add("--size", type=number(int, 1, 4096), help="pixels (default: 64 for the demo, else 256)")
+    add("--size", type=number(int, 1, 4096), help="pixels (default: 128 for the demo, else 256)")
     add("--bench", action="store_true", help="measure how fast rows load from the finished cache")
     return ap.parse_args()
 
@@ -1619,7 +1619,7 @@ def main():
         print(f"note: {known}; for real ones give {REAL_FACES}")
 
     # Settings of the cache
-    a.size = a.size or (64 if demo[0] else 256)
+    a.size = a.size or (128 if demo[0] else 256)
     factor = autoencoder.config.factor
     if a.size % factor:
         raise UserError(f"--size {a.size} is not a multiple of {factor}, a cell of the autoencoder")

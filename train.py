@@ -1,7 +1,7 @@
 """Train the sDiT and its mapping network on a cache (Anchored Diffusion, arXiv 2407.15153: 3.1, 4.1
 and D). Autoencoder, CLIP and landmarks are frozen: the cache holds what they made.
 
-    python train.py --size demo --frames 4 --batch 4 --steps 16000 --lr 8e-4   # a laptop, 64 pixels
+    python train.py --size demo --frames 4 --prediction v --lr 1e-3 --steps 20000    # a laptop
     torchrun --nproc_per_node=4 train.py    # the paper's XL/2, T = 8, batch 16, from ./cache
 
 The same command again resumes from the newest state in --out, on any number of processes. SIGTERM

@@ -371,7 +371,7 @@ def test_caching_from_videos(tmp_path, clip, monkeypatch, capsys):
     assert entries["a/good.mp4"]["frames"] == 12 and entries["a/good.mp4"]["missed"] == 0 and entries["still.png"]["frames"] == 16
     assert "no face" in entries["faceless.mp4"]["rejected"] and "not a video" in entries["broken.mp4"]["rejected"]
     row = data.Rows(tmp_path / "cache", 8)[0]
-    assert row["latents"].shape == (8, 6, 16, 16) and 0.3 < row["latents"].std() < 3
+    assert row["latents"].shape == (8, 16, 16, 16) and 0.3 < row["latents"].std() < 3
     assert row["scene"].norm() == pytest.approx(1, abs=0.01) and 0.004 < row["mask"].mean() < 0.2
     assert caching(tmp_path / "clips", tmp_path / "cache", monkeypatch) == entries      # torchrun starts a rank again
     assert "already holds" in capsys.readouterr().out

@@ -448,18 +448,18 @@ def test_init_keeps_the_statistics_that_the_weights_know(cache, tmp_path, monkey
 
 def test_preview(tmp_path, monkeypatch):
     """Two strips a row: the clip as it is, and what the model makes."""
-    about = dict(latent_channels=6, latent_size=16, scene_width=128, autoencoder="autoencoder.safetensors", clip="c", clip_sha256="2",
+    about = dict(latent_channels=16, latent_size=16, scene_width=128, autoencoder="autoencoder.safetensors", clip="c", clip_sha256="2",
                  autoencoder_sha256=data.sha256(ROOT / "demo" / "autoencoder.safetensors"))
     writer = data.CacheWriter(tmp_path / "cache", about)
     for value in range(1, 4):
-        writer.add(record(8, value, 6, 16, 128), dict(file=str(value)))
+        writer.add(record(8, value, 16, 16, 128), dict(file=str(value)))
     writer.finish([dict(file=str(value), frames=8) for value in range(1, 4)])
     plain, halves = sample.sample_plain, []
     monkeypatch.setattr(sample, "sample_plain", lambda *given, **named: halves.append(torch.is_autocast_enabled("cpu")) or plain(*given, **named))
     run(tmp_path / "cache", tmp_path / "run", monkeypatch, "--preview", "4")
     run(tmp_path / "cache", tmp_path / "half", monkeypatch, "--preview", "4", "--precision", "bf16")
     assert halves == [False, True]
-    assert Image.open(tmp_path / "run" / "preview-00000004.png").size == (2 * 64, 2 * 3 * 64)
+    assert Image.open(tmp_path / "run" / "preview-00000004.png").size == (2 * 128, 2 * 3 * 128)
 
 
 def test_plot_of_a_log(tmp_path, monkeypatch, capsys):
