@@ -44,7 +44,7 @@ The bundled model knows rendered faces only: of a photograph it makes a rendered
 EXAMPLES = [  # picture, sentence, driving video, edit
     [str(sample.SOURCE), "", str(sample.DRIVING), ""],
     [None, "a woman with red hair", str(sample.DRIVING), ""],
-    [str(sample.SOURCE), "", str(sample.DRIVING), "blond hair -> red hair:0.8"],
+    [str(sample.SOURCE), "", str(sample.DRIVING), "black hair -> red hair:0.8"],
 ]
 STYLE = """#state label, #state progress {display: block; width: 100%}
 #state img {float: left; width: 12.5%; margin: 0}"""
