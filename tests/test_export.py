@@ -134,7 +134,7 @@ def test_the_demo_by_an_engine(tmp_path, monkeypatch):
     for engine in (None, folder):
         sample.reenact(out=tmp_path / "x.mp4", engine=engine, only="0:8")
     by_model, by_engine = (x.astype(int) for x in images)
-    assert by_model.shape == by_engine.shape == (8, 64, 64, 3)
+    assert by_model.shape == by_engine.shape == (8, 128, 128, 3)
     assert abs(by_model - by_engine).max() <= 2
     with pytest.raises(UserError, match="anchored"):
         sample.reenact(out=tmp_path / "x.mp4", engine=folder, method="independent")
