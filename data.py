@@ -58,9 +58,9 @@ def choose_frames(rng, found, T):
     """(T increasing frame numbers, source frame) of a clip; found (M,) bool: landmarks are real.
 
     Paper 3.1: a non-uniform sequence, and as source the end of the clip furthest from it. Paper
-    silent on the distribution: uniform without replacement. Both ends are never targets."""
+    silent on the distribution: uniform without replacement. Neither end is a target."""
     inner = np.flatnonzero(found[1:-1]) + 1
-    if len(inner) < T:
+    if len(inner) < T:  # interpolated landmarks must do
         inner = np.arange(1, len(found) - 1)
 
     times = np.sort(rng.choice(inner, T, replace=False))
@@ -99,16 +99,19 @@ class Rows(torch.utils.data.Dataset):
             self.ranges.append(range(max(0, n - HELD_OUT), n) if held_out else range(n - held))
 
     def __len__(self):
+        """Clips. (Row numbers have no end.)"""
         return sum(map(len, self.ranges))
 
     def __getitem__(self, n):
         clip = self._clip(n)
         found = clip.get_tensor("found").numpy()
         times, source = choose_frames(np.random.default_rng([self.seed, 1, n]), found, self.frames)
-        row = {k: clip.get_tensor(k)[times].float() for k in ("latent", "landmarks", "weight")}
-        scene = clip.get_tensor("scene")[0 if source == 0 else 1].float()
-        mask = row["weight"] / 255
-        return dict(latents=row["latent"], landmarks=row["landmarks"], mask=mask, scene=scene)
+        latents, landmarks, mask = (
+            clip.get_tensor(k)[times].float() for k in ("latent", "landmarks", "weight")
+        )
+        first, last = clip.get_tensor("scene").float()  # (2, S): of both ends
+        scene = first if source == 0 else last
+        return dict(latents=latents, landmarks=landmarks, mask=mask / 255, scene=scene)
 
     def _clip(self, n):
         """The record of row n, of a cache that is shuffled anew every epoch. A clip that is too

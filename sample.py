@@ -115,7 +115,110 @@ def frame_noise(seed, frames, shape, step=0):
 
 
 # --------------------------------------------------------------------------------------------------
-# Samplers
+# Algorithm 1, step 2: what a video is conditioned on
+
+
+def edit_scene(encoder, scene, edit):
+    """The scene (1, S), moved from text to text by `edit`, "BEFORE -> AFTER[:WEIGHT]". Paper 4.4 is
+    silent on how vectors are combined: along the difference of the two texts."""
+    before, _, after = edit.partition("->")
+    if ":" not in after:
+        after = f"{after}:1"
+    after, _, weight = after.rpartition(":")
+    try:
+        weight = float(weight)
+    except ValueError:
+        weight = math.nan
+    if not before.strip() or not after.strip() or not math.isfinite(weight):
+        raise UserError(
+            f'--edit "{edit}" is not of the form "blond hair -> red hair" or '
+            f'"blond hair -> red hair:0.5"'
+        )
+    old, new = encoder.texts([before.strip(), after.strip()])
+    return F.normalize(scene + weight * (new - old), dim=-1)
+
+
+def make_scene(models, face, prompt, edit):
+    """The scene (1, S) of a face crop (h, w, 3) uint8, of a sentence, whose vector stands in as it
+    is (paper 4.4), or of both (their mean direction), edited."""
+    parts = [models.encoder.images(data.to_tensor(face[None]))] if face is not None else []
+    parts += [models.encoder.texts([prompt])] if prompt else []
+    scene = F.normalize(sum(parts), dim=-1)
+    return edit_scene(models.encoder, scene, edit) if edit else scene
+
+
+def make_conditions(models, scene, landmarks, guidance):
+    """Conditioning (M, D) of every branch, in the model's precision, from a scene (1, S) and
+    landmarks (M, 478, 3)."""
+    mapping, dtype = models.sdit.mapping, models.sdit.final_layer.linear.weight.dtype
+    landmarks = torch.from_numpy(landmarks)[None]
+    given = [x.to(models.device, mapping.null_scene.dtype) for x in (scene, landmarks)]
+    conditions = [mapping(*given)[0].to(dtype)]
+    if guidance != 1:
+        unconditional = mapping()[0].to(dtype)  # (1, D)
+        conditions.append(unconditional.expand_as(conditions[0]))
+    return conditions
+
+
+# Points of the face mesh: the outline, and those that expressions hardly move (the upper outline,
+# the bridge of the nose, the corners of the eyes)
+# fmt: off
+OVAL = [10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377,
+        152, 148, 176, 149, 150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109]
+# fmt: on
+RIGID = [*OVAL[:9], *OVAL[-7:], 234, 168, 6, 197, 195, 33, 133, 362, 263]
+
+
+def head_pose(points, onto):
+    """(scale, rotation (3, 3)) that best take the rigid points of one face (478, 3) to another's
+    (Umeyama 1991, without the translation)."""
+    a, b = (p[RIGID] - p[RIGID].mean(0) for p in (points, onto))
+    u, s, vt = np.linalg.svd(b.T @ a)
+    flip = np.array([1, 1, np.sign(np.linalg.det(u @ vt))])
+    return (s * flip).sum() / (a**2).sum(), (u * flip) @ vt
+
+
+def neutral_frame(landmarks):
+    """Number of the frame of landmarks (M, 478, 3) with the smallest mouth opening and rotation of
+    the head."""
+    eyes = landmarks[:, 263] - landmarks[:, 33]  # from one to the other
+    face = landmarks[:, 152] - landmarks[:, 10]  # from brow to chin
+    yaw_and_roll = abs(np.arctan2(eyes[:, [2, 1]], eyes[:, :1])).sum(1)
+    pitch = abs(np.arctan2(face[:, 2], face[:, 1]))
+    mouth = np.linalg.norm(landmarks[:, 13] - landmarks[:, 14], axis=1)
+    opening = mouth / np.linalg.norm(eyes, axis=1)
+    return int((yaw_and_roll + pitch + opening).argmin())
+
+
+def retargeted(driving, source):
+    """Landmarks (M, 478, 3) with the motion of `driving` (M, 478, 3) and half of the proportions of
+    `source` (478, 3), in any unit; all of the proportions were less accurate on the demo. Paper
+    silent: raw landmarks carry the driver's shape over."""
+    neutral = driving[neutral_frame(driving)]
+    scale, rotation = head_pose(source, neutral)
+
+    # the head's own axes: from eye to eye, from chin to brow, towards the viewer
+    right, up = neutral[263] - neutral[33], neutral[10] - neutral[152]
+    right = right / np.linalg.norm(right)
+    up = up - up @ right * right
+    up = up / np.linalg.norm(up)
+    axes = np.stack([right, up, np.cross(right, up)], 1)  # (3, 3), in columns
+
+    # how much wider and higher the outline is; depth is hardly seen, and stays
+    turned = scale * source @ rotation.T
+    driver, person = ((p - p[RIGID].mean(0)) @ axes for p in (neutral, turned))
+    stretch = (driver[OVAL] * person[OVAL]).sum(0) / (driver[OVAL] ** 2).sum(0)
+    half_difference = (driver * (stretch - 1) / 2 * (1, 1, 0)) @ axes.T  # (478, 3)
+
+    moved = []
+    for frame in driving:
+        scale, rotation = head_pose(neutral, frame)
+        moved.append(frame + scale * half_difference @ rotation.T)
+    return np.stack(moved).astype(np.float32)
+
+
+# --------------------------------------------------------------------------------------------------
+# Algorithm 1, step 3: samplers
 
 METHODS = ("anchored", "multidiffusion", "independent")
 
@@ -140,7 +243,7 @@ class Settings:
     def timesteps(self):
         """[(t, after)]: timesteps from 999 down to 0, each with the next one (-1: clean latents).
         Evenly spaced; for DPM-Solver++ in the log signal-to-noise ratio, or it would overshoot."""
-        last, n = NoiseSchedule.steps - 1, np.arange(self.steps)
+        last, number = NoiseSchedule.steps - 1, np.arange(self.steps)
         t = np.linspace(last, 0, self.steps)[::-1]  # ascending; a single step starts at the last
         if self.sampler == "dpm++" and self.steps > 1:
             log_snr = torch.logit(NoiseSchedule().alpha_bar).numpy()  # falls with t
@@ -148,8 +251,9 @@ class Settings:
             t = np.interp(even, log_snr[::-1], np.arange(last, -1, -1))
 
         # no timestep twice: each above the one before, and low enough to leave room for the others
-        t = np.maximum.accumulate(t.round().astype(int) - n) + n
-        t = np.minimum(t, last - n[::-1])[::-1].tolist()
+        t = np.maximum.accumulate(t.round().astype(int) - number) + number
+        t = np.minimum(t, last - number[::-1])
+        t = t[::-1].tolist()
         return list(zip(t, t[1:] + [-1]))
 
 
@@ -194,7 +298,7 @@ def dpm_plus(x, output, abar, abar_next, fresh_noise, history):
     if abar_next == 1:  # h is infinite
         return clean
 
-    # the step in half of the log signal-to-noise ratio
+    # the step in lambda, half of the log signal-to-noise ratio
     h = (math.log(abar_next / (1 - abar_next)) - math.log(abar / (1 - abar))) / 2
     target = clean
     if history:
@@ -223,8 +327,8 @@ def choose_sampler(name):
 def denoise(settings, x, frames, evaluate, anchor=None):
     """Algorithm 1, step 3: from noise x (..., C, H, W) for `frames` (...) to clean latents.
 
-    evaluate(i, x, t): the model's output at step i and timestep t. anchor: the slot to override.
-    Since noise belongs to the frame, that changes nothing: it is kept as the definition."""
+    evaluate(i, x, t): the model's output at step i and timestep t. anchor: the slot to override, as
+    the definition has it. (It is alike already: the model overrides it, and its noise is one.)"""
     take_step, history = choose_sampler(settings.sampler), {}
     alpha_bar = [*NoiseSchedule().alpha_bar.tolist(), 1.0]  # the last one, at -1: clean latents
 
@@ -265,7 +369,7 @@ def run_model(function, x, t, c, *rest):
 @torch.no_grad()
 def sample_plain(model, x, frames, conditions, settings, anchor):
     """The paper's rule, the definition: all rows x (B, T, C, H, W) in one batch, so that memory
-    grows with the video. With `anchor` None rows are independent.
+    grows with the video: only tests use it so. With `anchor` None rows are independent.
 
     Algorithm 1 overrides the anchor before each step, we at the start and after each step. Only
     after the last step is there a difference, and there the rows' anchors are already alike."""
@@ -280,8 +384,8 @@ def sample_plain(model, x, frames, conditions, settings, anchor):
 def sample_first(model, x, frames, conditions, settings, anchor):
     """Row 0, x (1, T, C, H, W): its latents and the anchor bank.
 
-    Attention stays within a row, so row 0 is the same alone. Other rows read only the keys and
-    values of its anchor: bank[step][branch] is (depth, 2, 1, heads, N, D / heads)."""
+    Row 0 is the same alone, and other rows read only the keys and values of its anchor (see
+    `sdit.AnchorBank`): bank[step][branch] is (depth, 2, 1, heads, N, d)."""
     bank = []
 
     def evaluate(i, x, t):
@@ -384,7 +488,8 @@ def sample_video(model, conditions, settings, wanted=None, finished=None, share=
     wanted: frames to sample (default: all). finished: the mapping to fill; what it holds is not
     sampled again, and several processes meet in it. share: (rank, processes). plan: rows with the
     anchor in `anchor_slot`, in place of `plan_rows`'s."""
-    M, (rank, processes) = len(conditions[0]), share
+    M = len(conditions[0])
+    rank, processes = share
     finished = {} if finished is None else finished
     wanted = set(range(M) if wanted is None else wanted)
 
@@ -405,7 +510,7 @@ def sample_video(model, conditions, settings, wanted=None, finished=None, share=
     # Sample: row 0 with its anchor bank, if there is an anchor, then the other rows.
     sampled = sample_rows(model, rows, to_sample, conditions, settings)
     for b, latents in data.progress(sampled, "rows", "row", len(to_sample)):
-        latents = latents.cpu()  # (T, C, H, W)
+        latents = latents.cpu()  # (slots, C, H, W)
         if not latents.isfinite().all():
             raise UserError(
                 "the model's numbers are no longer finite: damaged weights, or --guidance too large"
@@ -419,8 +524,8 @@ def sample_video(model, conditions, settings, wanted=None, finished=None, share=
 
 
 def sample_rows(model, rows, numbers, conditions, settings):
-    """Yield (number of a row, its latents (T, C, H, W)) for the rows `numbers` of a plan, of which
-    a few are sampled at once. With the method "anchored" row 0 is the first."""
+    """Yield (number of a row, its latents (slots, C, H, W)) for the rows `numbers` of a plan, of
+    which a few are sampled at once. With the method "anchored" row 0 is the first."""
     if not numbers:
         return
     config, device = model.config, conditions[0].device
@@ -507,106 +612,6 @@ class Partial:
             path.unlink(missing_ok=True)
         with suppress(OSError):  # a user's files are in it
             self.folder.rmdir()
-
-
-# --------------------------------------------------------------------------------------------------
-# Algorithm 1, step 2: what a video is conditioned on
-
-
-def edit_scene(encoder, scene, edit):
-    """The scene (1, S), moved from text to text by `edit`, "BEFORE -> AFTER[:WEIGHT]". Paper 4.4 is
-    silent on how vectors are combined; this is StyleGAN-NADA's way."""
-    before, _, after = edit.partition("->")
-    after, _, weight = (after if ":" in after else f"{after}:1").rpartition(":")
-    try:
-        weight = float(weight)
-    except ValueError:
-        weight = math.nan
-    if not before.strip() or not after.strip() or not math.isfinite(weight):
-        raise UserError(
-            f'--edit "{edit}" is not of the form "blond hair -> red hair" or '
-            f'"blond hair -> red hair:0.5"'
-        )
-    old, new = encoder.texts([before.strip(), after.strip()])
-    return F.normalize(scene + weight * (new - old), dim=-1)
-
-
-def make_scene(models, face, prompt, edit):
-    """The scene (1, S) of a face crop (h, w, 3) uint8, of a sentence, whose vector stands in as it
-    is (paper 4.4), or of both (their mean direction), edited."""
-    parts = [models.encoder.images(data.to_tensor(face[None]))] if face is not None else []
-    parts += [models.encoder.texts([prompt])] if prompt else []
-    scene = F.normalize(sum(parts), dim=-1)
-    return edit_scene(models.encoder, scene, edit) if edit else scene
-
-
-def make_conditions(models, scene, landmarks, guidance):
-    """Conditioning (M, D) of every branch, in the model's precision, from a scene (1, S) and
-    landmarks (M, 478, 3)."""
-    mapping, dtype = models.sdit.mapping, models.sdit.final_layer.linear.weight.dtype
-    landmarks = torch.from_numpy(landmarks)[None]
-    given = [x.to(models.device, mapping.null_scene.dtype) for x in (scene, landmarks)]
-    conditions = [mapping(*given)[0].to(dtype)]
-    if guidance != 1:
-        unconditional = mapping()[0].to(dtype)  # (1, D)
-        conditions.append(unconditional.expand_as(conditions[0]))
-    return conditions
-
-
-# Points of the face mesh: the outline, and those that expressions hardly move (the upper outline,
-# the bridge of the nose, the corners of the eyes)
-# fmt: off
-OVAL = [10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377,
-        152, 148, 176, 149, 150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109]
-# fmt: on
-RIGID = [*OVAL[:9], *OVAL[-7:], 234, 168, 6, 197, 195, 33, 133, 362, 263]
-
-
-def head_pose(points, onto):
-    """(scale, rotation (3, 3)) that best take the rigid points of one face (478, 3) to another's
-    (Umeyama 1991, without the translation)."""
-    a, b = (p[RIGID] - p[RIGID].mean(0) for p in (points, onto))
-    u, s, vt = np.linalg.svd(b.T @ a)
-    flip = np.array([1, 1, np.sign(np.linalg.det(u @ vt))])
-    return (s * flip).sum() / (a**2).sum(), (u * flip) @ vt
-
-
-def neutral_frame(landmarks):
-    """Number of the frame of landmarks (M, 478, 3) with the smallest mouth opening and rotation of
-    the head."""
-    eyes = landmarks[:, 263] - landmarks[:, 33]  # from one to the other
-    face = landmarks[:, 152] - landmarks[:, 10]  # from brow to chin
-    yaw_and_roll = abs(np.arctan2(eyes[:, [2, 1]], eyes[:, :1])).sum(1)
-    pitch = abs(np.arctan2(face[:, 2], face[:, 1]))
-    mouth = np.linalg.norm(landmarks[:, 13] - landmarks[:, 14], axis=1)
-    opening = mouth / np.linalg.norm(eyes, axis=1)
-    return int((yaw_and_roll + pitch + opening).argmin())
-
-
-def retargeted(driving, source):
-    """Landmarks (M, 478, 3) with the motion of `driving` (M, 478, 3) and half of the proportions of
-    `source` (478, 3), in any unit; all of the proportions were less accurate on the demo. Paper
-    silent: raw landmarks carry the driver's shape over."""
-    neutral = driving[neutral_frame(driving)]
-    scale, rotation = head_pose(source, neutral)
-
-    # the head's own axes: from eye to eye, from chin to brow, towards the back
-    right, up = neutral[263] - neutral[33], neutral[10] - neutral[152]
-    right = right / np.linalg.norm(right)
-    up = up - up @ right * right
-    up = up / np.linalg.norm(up)
-    axes = np.stack([right, up, np.cross(right, up)], 1)  # (3, 3), in columns
-
-    # how much wider and higher the outline is; depth is hardly seen, and stays
-    ours, theirs = ((p - p[RIGID].mean(0)) @ axes for p in (neutral, scale * source @ rotation.T))
-    stretch = (ours[OVAL] * theirs[OVAL]).sum(0) / (ours[OVAL] ** 2).sum(0)
-    difference = (ours * (stretch - 1) / 2 * (1, 1, 0)) @ axes.T  # (478, 3)
-
-    moved = []
-    for frame in driving:
-        scale, rotation = head_pose(neutral, frame)
-        moved.append(frame + scale * difference @ rotation.T)
-    return np.stack(moved).astype(np.float32)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -709,10 +714,10 @@ class Job:
 def prepare(asked, watch):
     """Check what is asked for and read it (Algorithm 1, step 2)."""
     settings = Settings(asked.steps, asked.sampler, asked.guidance, asked.method, asked.seed)
-    if asked.retarget and not asked.source:
-        raise UserError("--retarget needs the shape of a face; give a --source")
     if not asked.source and not asked.prompt:
         asked.source = SOURCE
+    if asked.retarget and not asked.source:
+        raise UserError("--retarget needs the shape of a face; give a --source")
     paths = output_paths(asked.out, asked.compare)
     for path in paths:
         data.check_output(path, *filter(None, (asked.source, asked.driving)))
@@ -783,7 +788,7 @@ def read_faces(asked, models, driving):
 
 
 def sample(job):
-    """{frame: latent} of the wanted frames (Algorithm 1, steps 1 and 3)."""
+    """The wanted frames, on disk (Algorithm 1, steps 1 and 3): a `Partial`, {frame: latent}."""
     models, conditions = job.models, job.conditions
     rank, processes, _ = data.ranks()
     if processes > 1:  # those of rank 0, should ranks differ by a bit
@@ -839,8 +844,8 @@ def write(job, latents, watch):
     latents.remove()
     for path in output_paths(job.paths[0], True):  # of runs that were killed
         sdit.hidden(path, f".tmp{path.suffix}").unlink(missing_ok=True)
-    side, names = len(image), " and ".join(map(str, job.paths))
-    print(f"{names}: {len(wanted)} frames of {side} x {side}")
+    names = " and ".join(map(str, job.paths))
+    print(f"{names}: {len(wanted)} frames, {len(image)} pixels high")
 
 
 def read_source(path, landmarker, size, number):

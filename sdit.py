@@ -50,9 +50,11 @@ class UserError(ValueError):
 def has_bf16(device):
     """Whether the device multiplies matrices in bfloat16 in hardware; elsewhere it is slower than
     float32."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_capability() >= (8, 0)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and on_cpu
 
 
 # --------------------------------------------------------------------------------------------------
@@ -153,10 +155,13 @@ def attend(q, k, v):
 
 
 class AnchorBank:
-    """Keys and values of the anchor in every layer: a key-value cache of one frame (paper 3.2).
+    """Keys and values of the anchor in every layer: a key-value cache of one frame (paper 3.2), for
+    one pass through the blocks. With `slot`, row 0 writes those of its anchor; without, other rows
+    read `kv`, a tensor (2, 1, heads, N, d) for each layer.
 
-    With `slot`, row 0 writes those of its anchor; without, other rows read `kv`, a tensor (2, 1,
-    heads, N, d) for each layer. Serves one pass through the blocks, one denoising step."""
+    Why that equals `override`: a row attends within itself, so row 0 is what it would be alone. In
+    other rows the anchor's tokens are row 0's in every layer. All but attention works token by
+    token, so these reach the others as keys and values alone, whose order does not matter."""
 
     def __init__(self, slot=None, kv=()):
         self.slot, self.written, self.unread = slot, [], iter(kv)
@@ -167,8 +172,8 @@ class AnchorBank:
             anchor = slice(self.slot * N, (self.slot + 1) * N)
             self.written.append(torch.stack([k[:1, :, anchor], v[:1, :, anchor]]))
         else:
-            shared_k, shared_v = next(self.unread).expand(-1, k.shape[0], -1, -1, -1)
-            k, v = torch.cat([k, shared_k], 2), torch.cat([v, shared_v], 2)  # (B, .., TN + N, d)
+            anchor = next(self.unread).expand(-1, k.shape[0], -1, -1, -1)  # (2, B, heads, N, d)
+            k, v = torch.cat([k, anchor[0]], 2), torch.cat([v, anchor[1]], 2)  # (B, .., TN + N, d)
         return attend(q, k, v)
 
 
@@ -188,7 +193,7 @@ class Attention(nn.Module):
         # unbound before the transpose: the backward pass then writes the gradient of qkv once
         parts = self.qkv(x).view(B, T * N, 3, self.heads, D // self.heads).unbind(2)
         q, k, v = (z.transpose(1, 2) for z in parts)  # (B, heads, TN, d)
-        x = bank.attend(q, k, v, N) if bank else attend(q, k, v)
+        x = attend(q, k, v) if bank is None else bank.attend(q, k, v, N)
         return self.proj(x.transpose(1, 2).reshape(B, T, N, D))  # from (B, heads, TN, d)
 
 
@@ -249,7 +254,8 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, timesteps):
-        """(B,) integers -> (B, D); angles in float32 whatever the precision of the weights."""
+        """(B,) integers -> (B, D); angles in float32 whatever the precision of the weights, cosines
+        first, as DiT's weights have it."""
         waves = torch.arange(128, dtype=torch.float32, device=timesteps.device)
         rate = torch.exp(-math.log(1e4) / 128 * waves)
         angle = timesteps.float()[:, None] * rate
@@ -282,16 +288,16 @@ class Mapping(nn.Module):
         self.input = nn.Linear(scene_width + LANDMARK_COMPONENTS, width)
         self.blocks = nn.Sequential(*[ResidualMLP(width) for _ in range(blocks)])
 
-        # set by `data.Rows.statistics`; the basis holds principal components, divided by their
-        # standard deviations
+        # Set by `data.Rows.statistics`. The basis (1434, 64) holds principal components, divided by
+        # their standard deviations. Until then scenes are taken to have a total variance of 1.
         self.register_buffer("landmark_mean", torch.zeros(LANDMARKS, 3))
         self.register_buffer("landmark_basis", torch.eye(3 * LANDMARKS, LANDMARK_COMPONENTS))
         self.register_buffer("scene_mean", torch.zeros(scene_width))
         self.register_buffer("scene_gain", torch.tensor(LANDMARK_COMPONENTS**0.5))
 
-        # At the start the entries of C_t have a standard deviation of about 1, and those of the
-        # timestep's embedding, to which it is added, of this: two layers of 0.02, the slope 1 / 2
-        # of SiLU, and 96 of 128 waves that complete a radian within 1000 steps.
+        # Before training C_t varies by about 1. This brings it to what the embedded timestep, to
+        # which it is added, varies by: two layers of 0.02, SiLU's slope 1 / 2, and the 96 of 128
+        # waves that pass a radian within 1000 steps. (The others hardly vary.)
         self.register_buffer("output_gain", torch.tensor(0.02**2 / 2 * math.sqrt(96 * width)))
 
     def forward(self, scene=None, landmarks=None, drop=None):
@@ -327,8 +333,7 @@ class Mapping(nn.Module):
 
 def override(x, anchor, axis=1):
     """Eq. 3: the anchor's slot of every row becomes that of row 0. x (B, T, ...), T on `axis`;
-    `anchor` a slot, or None for no anchoring. Attention stays within a row, so row 0 is what it
-    would be alone, and all other rows read of it, in every layer, nothing but this slot."""
+    `anchor` a slot, or None for no anchoring."""
     if anchor is None:
         return x
     slots = torch.arange(x.shape[axis], device=x.device).view(-1, *[1] * (x.dim() - axis - 1))
@@ -391,11 +396,12 @@ class SDiT(nn.Module):
     def unpatchify(self, x):
         """(B, T, N, p * p * 2C) -> (B, T, 2C, H, W)."""
         p, side = self.config.patch, self.config.latent_size // self.config.patch
-        x = x.unflatten(2, (side, side)).unflatten(4, (p, p, -1))  # (B, T, h, w, p, p, 2C)
+        x = x.unflatten(2, (side, side)).unflatten(4, (p, p, -1))
+        # (B, T, H / p, W / p, p, p, 2C) -> (B, T, 2C, H / p, p, W / p, p)
         return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
     def predict_noise(self, output, latents, timesteps):
-        """The noise, then the learned sigma, that the network's output (B, T, 2C, H, W) stands for.
+        """The noise that the network's output (B, T, 2C, H, W) stands for; its other half stays.
 
         The paper's network predicts the noise eps, as DiT does. With v-prediction (Salimans and Ho
         2022) it predicts v = sqrt(abar) eps - sqrt(1 - abar) x_0, and so eps is sqrt(1 - abar) x_t
@@ -406,37 +412,35 @@ class SDiT(nn.Module):
         dtype = torch.promote_types(output.dtype, torch.float32)
         roots = self.roots.to(latents.device, dtype).index_select(1, timesteps)  # (2, B)
         root_abar, root_rest = roots.view(2, -1, 1, 1, 1, 1).unbind(0)  # (B, 1, 1, 1, 1)
-        velocity, sigma = output.to(dtype).chunk(2, 2)  # (B, T, C, H, W)
-        return torch.cat([root_rest * latents.to(dtype) + root_abar * velocity, sigma], 2)
+        velocity, mix = output.to(dtype).chunk(2, 2)  # (B, T, C, H, W)
+        return torch.cat([root_rest * latents.to(dtype) + root_abar * velocity, mix], 2)
 
     def forward(self, latents, timesteps, conditioning, anchor=None):
         """One denoising evaluation, and the definition of anchoring.
 
         latents (B, T, C, H, W), timesteps (B,) in 0..999, conditioning (B, T, D) from
-        `self.mapping`. With `anchor`, a slot, rows 1.. take row 0's latents, timestep and
-        conditioning in it; then its tokens, after the embedding and after every block (Eq. 3; "in
-        all layers throughout the model architecture"). Returns (B, T, 2C, H, W): the noise, then
-        the learned sigma (see `NoiseSchedule.log_variance`)."""
+        `self.mapping`. With `anchor`, a slot, all rows have one timestep, and rows 1.. take row 0's
+        latents and conditioning in it; then its tokens, after the embedding and after every block
+        (Eq. 3; "in all layers throughout the model architecture"). Returns (B, T, 2C, H, W): the
+        noise, then what `NoiseSchedule.log_variance` makes the learned sigma of."""
         time_position = self.time_position[: latents.shape[1]]  # (T, D)
-        rule = functools.partial(override, anchor=anchor)
-        return self.denoise(latents, timesteps, conditioning, time_position, rule)
+        share_anchor = functools.partial(override, anchor=anchor)
+        return self.denoise(latents, timesteps, conditioning, time_position, share_anchor)
 
     def forward_first(self, latents, timesteps, conditioning, anchor):
         """`forward` of row 0 alone, (1, T, ...): what it makes of its anchor is what all rows read.
 
         Returns the output (1, T, 2C, H, W) and the keys and values of the anchor in every block,
-        (depth, 2, 1, heads, N, D / heads): one step of the anchor bank."""
+        (depth, 2, 1, heads, N, d)."""
         time_position = self.time_position[: latents.shape[1]]  # (T, D)
         bank = AnchorBank(anchor)
         output = self.denoise(latents, timesteps, conditioning, time_position, bank=bank)
         return output, torch.stack(bank.written)
 
     def forward_rest(self, latents, timesteps, conditioning, anchor, anchor_kv):
-        """`forward` of rows 1.. without their anchors: latents (B, T - 1, C, H, W) -> (.., 2C, ..).
-
-        What they compute for their anchor is overridden in every layer, and its input is row 0's.
-        So they need only read its keys and values: `anchor_kv`, from `forward_first` at the same
-        timestep. Attention does not depend on the order of keys."""
+        """`forward` of rows 1.. without their anchors: latents (B, T - 1, C, H, W), conditioning
+        (B, T - 1, D), and `anchor_kv` of `forward_first` at the same timestep -> (B, T - 1, 2C, H,
+        W). `AnchorBank` says why the result is the same."""
         T = latents.shape[1] + 1
         before, after = self.time_position[:anchor], self.time_position[anchor + 1 : T]
         time_position = torch.cat([before, after])  # (T - 1, D)
@@ -444,17 +448,17 @@ class SDiT(nn.Module):
         return self.denoise(latents, timesteps, conditioning, time_position, bank=bank)
 
     def denoise(
-        self, latents, timesteps, conditioning, time_position, override=lambda x: x, bank=None
+        self, latents, timesteps, conditioning, time_position, share_anchor=lambda x: x, bank=None
     ):
         """The transformer, on frames in slots that are encoded by time_position (see `embed`). Rows
         share an anchor by `override`, by the keys and values in `bank`, or not at all."""
-        latents = override(latents)  # (B, T, C, H, W)
+        latents = share_anchor(latents)  # (B, T, C, H, W)
 
         # added, as DiT adds its class (paper silent on how timestep and conditioning meet)
-        c = override(self.t_embedder(timesteps)[:, None] + conditioning)  # (B, T, D)
-        x = override(self.embed(latents, time_position))  # (B, T, N, D)
+        c = share_anchor(self.t_embedder(timesteps)[:, None] + conditioning)  # (B, T, D)
+        x = share_anchor(self.embed(latents, time_position))  # (B, T, N, D)
         for block in self.blocks:
-            x = override(block(x, c, bank))
+            x = share_anchor(block(x, c, bank))
 
         output = self.unpatchify(self.final_layer(x, c))  # (B, T, 2C, H, W)
         return self.predict_noise(output, latents, timesteps)
@@ -503,8 +507,8 @@ class NoiseSchedule:
         return (xt - root_rest * noise) / root_abar
 
     def log_variance(self, mix, t):
-        """Learned sigma: `mix`, from -1 to 1, interpolates between the logarithms of the posterior
-        variance and of beta (Improved DDPM, Eq. 15)."""
+        """Learned sigma: `mix`, -1 to 1 but not bounded, interpolates between the logarithms of the
+        posterior variance and of beta (Improved DDPM, Eq. 15)."""
         low, high = (self.at(x.log(), t, mix) for x in (self.posterior_variance, self.beta))
         return low + (mix + 1) / 2 * (high - low)
 
@@ -650,8 +654,8 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Pixels (.., 3, H * f, W * f) in [-1, 1] <-> latents (.., C, H, W) of standard deviation about
-    1. Nothing outside this class knows the scale of latents."""
+    """Pixels (.., 3, h, w) in [-1, 1] <-> latents (.., C, H, W) of standard deviation about 1, with
+    h = H * `config.factor`. Nothing outside this class knows the scale of latents."""
 
     def __init__(self, config):
         super().__init__()
@@ -816,7 +820,7 @@ def check_config(config_class, config, path):
     config = config_class(**config)
     if good and config_class is SDiTConfig:
         good = config.width % config.heads == 0 and config.latent_size % config.patch == 0
-    if not good or len(getattr(config, "widths", ())) > 8:
+    if not good or not 1 <= len(getattr(config, "widths", [1])) <= 8:
         raise UserError(
             f"{path} is not a model of ours: its configuration holds what none can have"
         )
@@ -846,22 +850,6 @@ def _load(path, tensors, config, device, network, config_class):
 def load_model(path, device="cpu"):
     """The SDiT of a model file, float32, in evaluation mode."""
     return _load(path, *read_tensors(path), device, SDiT, SDiTConfig)
-
-
-def load_autoencoder(path, device="cpu"):
-    """The frozen AutoencoderKL (paper 3.1) of a file: ours, or a published one (Stable Diffusion's,
-    in any layout)."""
-    tensors, config = read_tensors(path)
-    if config:
-        model = _load(path, tensors, config, device, AutoencoderKL, AutoencoderConfig)
-        return model.to(memory_format=torch.channels_last)
-
-    tensors = {diffusers_name(k): v for k, v in tensors.items() if not k.startswith(FOREIGN)}
-    for name, value in tensors.items():
-        if "attentions" in name and value.dim() == 4:  # 1 x 1 convolutions there
-            tensors[name] = value.flatten(1)
-    model = build(lambda: AutoencoderKL(AutoencoderConfig()), tensors, path)
-    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 # What else is in whole Stable Diffusion checkpoints and in training checkpoints of the autoencoder
@@ -898,3 +886,19 @@ def diffusers_name(name):
     for old, new in RENAMED.items():
         name = re.sub(old, new, name)
     return name
+
+
+def load_autoencoder(path, device="cpu"):
+    """The frozen AutoencoderKL (paper 3.1) of a file: ours, or a published one (of Stable Diffusion
+    1 and 2, in any layout)."""
+    tensors, config = read_tensors(path)
+    if config:
+        model = _load(path, tensors, config, device, AutoencoderKL, AutoencoderConfig)
+        return model.to(memory_format=torch.channels_last)
+
+    tensors = {diffusers_name(k): v for k, v in tensors.items() if not k.startswith(FOREIGN)}
+    for name, value in tensors.items():
+        if "attentions" in name and value.dim() == 4:  # 1 x 1 convolutions there
+            tensors[name] = value.flatten(1)
+    model = build(lambda: AutoencoderKL(AutoencoderConfig()), tensors, path)
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)

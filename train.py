@@ -107,15 +107,16 @@ RECIPE = "steps batch lr mapping_lr warmup weight_decay lambda_ex drop ema preci
 # The loss
 
 
-def variational_bound(schedule, x0, xt, noise, variance_mix, t):
+def variational_bound(schedule, x0, xt, predicted, variance_mix, t):
     """The learned sigma's term of the variational bound (Improved DDPM, Sec. 3.1). Returns (B,), in
-    bits a dimension. `noise` is predicted and detached: this term trains the variance alone."""
+    bits a dimension. The `predicted` noise is detached: the gradient goes by variance_mix alone."""
     at = schedule.at
     log_variance = schedule.log_variance(variance_mix, t)
     true_log_variance = at(schedule.posterior_variance.log(), t, xt)
-    of_x0, of_xt = at(schedule.mean_x0, t, xt), at(schedule.mean_xt, t, xt)
-    mean = of_x0 * schedule.predict_x0(xt, noise, t) + of_xt * xt
-    true_mean = of_x0 * x0 + of_xt * xt
+    # the means of the posterior q(x_{t-1} | x_t, x_0), of the true x_0 and of the predicted
+    weight_x0, weight_xt = at(schedule.mean_x0, t, xt), at(schedule.mean_xt, t, xt)
+    true_mean = weight_x0 * x0 + weight_xt * xt  # (B, T, C, H, W)
+    mean = weight_x0 * schedule.predict_x0(xt, predicted, t) + weight_xt * xt
 
     # KL divergence of the true posterior from the model's, both normal
     kl = log_variance - true_log_variance + torch.exp(true_log_variance - log_variance)
@@ -142,7 +143,7 @@ def diffusion_loss(model, schedule, batch, t, noise, drop, lambda_ex=1.0):
     xt = schedule.add_noise(x0, noise, t)
     conditioning = model.mapping(batch["scene"], batch["landmarks"], drop)  # (B, T, D)
     output = model(xt, t, conditioning).float()  # (B, T, 2C, H, W)
-    predicted, variance_mix = output.chunk(2, 2)
+    predicted, variance_mix = output.chunk(2, 2)  # the first is noise, with v-prediction too
 
     # paper 4.1: "expressive landmark pixels are assigned a weight of (1 + lambda_ex)"; paper
     # silent: not divided by the sum of the weights
@@ -152,6 +153,7 @@ def diffusion_loss(model, schedule, batch, t, noise, drop, lambda_ex=1.0):
         # (predicted - noise)^2 = alpha_bar * (v's error)^2: divided, it is the error of v
         error = error / schedule.at(schedule.alpha_bar, t, error)
 
+    # DiT adds the bound as it is; its means hold the predicted noise, so it must not train that
     return error, variational_bound(schedule, x0, xt, predicted.detach(), variance_mix, t)
 
 
@@ -169,7 +171,7 @@ class Objective(nn.Module):
 def sample_noise(seed, step, shape, p_drop):
     """A function of (seed, step) alone: timesteps (B,), uniform over 0..999; noise of `shape`
     (B, ...); drop (B,), true with probability `p_drop`."""
-    g = torch.Generator().manual_seed(seed * 1_000_003 + step)  # a prime: seeds do not overlap
+    g = torch.Generator().manual_seed(seed * 1_000_003 + step)  # apart for up to 1,000,003 steps
     t = torch.randint(NoiseSchedule.steps, shape[:1], generator=g)
     return t, torch.randn(shape, generator=g), torch.rand(shape[0], generator=g) < p_drop
 
@@ -189,7 +191,8 @@ def build_optimizer(model, lr, mapping_lr, weight_decay):
 
 
 def learning_rate(step, steps, warmup):
-    """Factor of both learning rates: a linear warm-up, and cosine to 0 (paper 4.1)."""
+    """Factor of both learning rates: cosine from the first step to 0 at the last (paper 4.1), times
+    a linear warm-up."""
     return min(1, (step + 1) / max(1, warmup)) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
@@ -225,6 +228,7 @@ def build_model(rows, size, frames, prediction="epsilon"):
     """An untrained SDiT for a cache, with its latent shape, frozen models and statistics."""
     settings = {name: rows.about[name] for name in data.SETTINGS}
     buffers = rows.statistics()
+    # a fingerprint of the data, by which `load_state` knows it again
     settings["scene_mean"] = [round(x, 5) for x in buffers["scene_mean"].tolist()]
     model = sdit.SDiT(sdit.make_config(size, frames, prediction=prediction, **settings))
     for name, value in buffers.items():
@@ -334,9 +338,11 @@ def train(a, rows):
     run = Run(a, rows, networks, start, device)
 
     # the rows of a step that this process works through, some at a time
-    size = a.batch // a.world // a.accumulate
+    rows_a_pass = a.batch // a.world // a.accumulate
     first = a.rank * a.accumulate
-    passes = [slice(k * size, (k + 1) * size) for k in range(first, first + a.accumulate)]
+    passes = [
+        slice(k * rows_a_pass, (k + 1) * rows_a_pass) for k in range(first, first + a.accumulate)
+    ]
     batches = load_batches(rows, a, start, passes, device)
     shape = (a.batch, *rows[0]["latents"].shape)  # (B, T, C, H, W), of all processes
 
@@ -363,9 +369,11 @@ def train(a, rows):
             bar.update()
 
             run.maybe_preview(step + 1)
-            if run.check(step + 1):  # seldom, since it waits for the device
-                run.log_step(step + 1)
-                run.maybe_save(step + 1)
+            log, save = run.decide(step + 1)
+            if log:
+                run.log(step + 1)
+            if save:
+                run.save(step + 1)
             if run.stopping:
                 break
 
@@ -381,12 +389,13 @@ class Run:
     """What happens beside learning: log, states, previews, and Ctrl-C or SIGTERM."""
 
     def __init__(self, a, rows, networks, start, device):
-        self.a, self.networks, self.logged = a, networks, start
+        self.a, self.networks = a, networks
         self.signals, self.stopping = [], False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: self.signals.append(number))
 
-        self.meter, self.saver, self.saved = Meter(device), Saver(a.out), time.monotonic()
+        self.meter, self.saver = Meter(device), Saver(a.out)
+        self.logged_step, self.saved_at = start, time.monotonic()
 
         model = networks[0]
         self.preview = build_preview(a, model.config, device)
@@ -397,51 +406,48 @@ class Run:
                 f"{a.world} x {device.type}, {a.precision}; from step {start}"
             )
 
-    def check(self, step):
-        """Whether there is something to log or save after `step` steps. Several processes agree on
-        it, at the latest every ten steps. UserError where loss or gradient are not finite."""
+    def decide(self, step):
+        """(log, save): whether to, after `step` steps; sets `stopping` at a signal. Processes ask
+        each other every ten steps. UserError where loss or gradient are not finite."""
         a = self.a
-        logging = step % a.log_every == 0
-        saving = step == a.steps or a.save_minutes == 0
+        log = step % a.log_every == 0
+        save = step == a.steps or a.save_minutes == 0
         idle = self.saver.writing.done()
-        due = idle and time.monotonic() - self.saved >= a.save_minutes * 60
-        asking = self.signals or due
-        if a.world > 1:  # they ask each other
-            asking = step % 10 == 0
-        if not (logging or saving or asking):
-            return False
+        due = idle and time.monotonic() - self.saved_at >= a.save_minutes * 60
+        asking = step % 10 == 0 if a.world > 1 else self.signals or due
+        if not (log or save or asking):
+            return False, False
 
+        # from here on it waits for the device and the other processes
         gradients = [p.grad for p in self.networks[0].parameters() if p.grad is not None]
         self.norm = nn.utils.get_total_norm(gradients).item()
-        due = due and a.rank == 0  # whose clock is everyone's
-        bad, self.stopping, due = self.meter.agree(bool(self.signals), due)
+        by_clock = due and a.rank == 0  # rank 0's clock is everyone's
+        bad, self.stopping, by_clock = self.meter.agree(bool(self.signals), by_clock)
         if bad or not math.isfinite(self.norm):
             raise UserError(
                 f"the loss or its gradient was not finite at step {bad or step}; {NOTHING_SAVED}"
             )
         if idle:
             self.saver.writing.result()  # raises what went wrong
-        self.logging = logging or self.stopping
-        self.saving = saving or due or self.stopping
-        return True
+        return log or self.stopping, save or by_clock or self.stopping
 
-    def log_step(self, step):
+    def log(self, step):
         """A line of text, and the same in RUN/log.jsonl. mse: the weighted error (with --prediction
         v, of v), over all t and by quarters of t."""
-        if not self.logging:
-            return
-        a, means = self.a, self.meter.means()  # all processes take part in it
+        a = self.a
+        means = self.meter.means()  # all processes take part in it
         if a.rank > 0:
             return
 
         entry = dict(step=step, **means, norm=self.norm)
         model, _, optimizer = self.networks
-        rate = (step - self.logged) * a.batch / self.meter.lap()
+        seconds = self.meter.lap()
+        rate = (step - self.logged_step) * a.batch / seconds
         tflops = rate * row_flops(model.config) / 1e12
         mfu, memory = tflops / self.peak / a.world, data.peak_memory(self.meter.sums.device)
         entry |= dict(lr=optimizer.param_groups[0]["lr"], rows_per_s=rate, tflops=tflops, mfu=mfu)
         entry |= dict(memory_gib=memory, eta_s=(a.steps - step) * a.batch / rate)
-        self.logged = step
+        self.logged_step = step
         with open(a.out / "log.jsonl", "a") as log:
             log.write(json.dumps(entry) + "\n")
         tqdm.write(log_text(entry))
@@ -452,10 +458,8 @@ class Run:
         with self.meter.pause():
             return device_peak(self.meter.sums.device, dtype)
 
-    def maybe_save(self, step):
-        if not self.saving:
-            return
-        self.saved = time.monotonic()
+    def save(self, step):
+        self.saved_at = time.monotonic()
         if self.a.rank == 0:
             with self.meter.pause():
                 self.saver.save(step, *self.networks, self.a.recipe)
