@@ -171,23 +171,21 @@ PROBED = dict(blink=AROUND_EYES, gaze_x=AROUND_EYES, jaw=AROUND_LIPS, smile=AROU
 
 
 class Probes:
-    """Ridge regressions from the autoencoder's latents to controls and to the names of colours.
-
-    They are fitted on renderings of people of the training seeds. MediaPipe needs sharp pictures;
-    these need none, so they tell what a model knows that its decoded pictures do not show."""
+    """Ridge regressions from the autoencoder's latents to controls, fitted on renderings of people
+    of the training seeds. MediaPipe needs sharp pictures; these need none, so they tell what a
+    model knows that its decoded pictures do not show."""
 
     frames = 2  # of each person
 
     def __init__(self, models, people):
-        latents, landmarks, controls, faces = [], [], [], []
+        latents, landmarks, controls = [], [], []
         for seed in tqdm(range(people), "fitting the probes", leave=False, disable=None):
-            images, _, face, motion = world.sample_clip(seed, self.frames, RENDER, fps=1)
+            images, _, _, motion = world.sample_clip(seed, self.frames, RENDER, fps=1)
             tracked = data.track(images, models.landmarker, f"person {seed}")
             crops = np.stack([data.crop(image, tracked.square, models.size) for image in images])
             latents.append(encode(models, crops))
             landmarks.append(tracked.landmarks)
             controls += [[motion[name][i] for name in PROBED] for i in range(self.frames)]
-            faces += [face] * self.frames
 
         latents, landmarks = torch.cat(latents), np.concatenate(landmarks)
         self.mean_face = landmarks.mean(0)
@@ -195,10 +193,6 @@ class Probes:
         for target, name in zip(np.array(controls).T, PROBED):
             features = self.around(latents, landmarks, name)
             self.of_control[name] = Ridge(features, target[:, None], strength=0.05)
-        self.of_colour = {}
-        for part, table in COLOURS.items():
-            one_hot = np.array([[face[part] == name for name in table] for face in faces], float)
-            self.of_colour[part] = Ridge(latents.flatten(1).numpy(), one_hot, strength=0.05)
 
     def around(self, latents, landmarks, name):
         """Latents (M, C, H, W) resampled on a grid that moves with the head -> (M, features)."""
@@ -217,16 +211,13 @@ class Probes:
         found = F.grid_sample(latents, places, padding_mode="border", align_corners=False)
         return found.flatten(1).numpy()
 
-    def scores(self, latents, landmarks, motion, face):
-        """Correlation over a clip with the true controls; whether its colours are read right."""
+    def scores(self, latents, landmarks, motion):
+        """Correlation over a clip with the true controls."""
         scores = {}
         for name, probe in self.of_control.items():
             read = probe(self.around(latents, landmarks, name))[:, 0]
             if np.ptp(motion[name]) > 0.1:
                 scores[f"probe_{name}"] = correlation(read, motion[name])
-        for part, probe in self.of_colour.items():
-            read = probe(latents.flatten(1).numpy()).mean(0)
-            scores[f"probe_{part}"] = float(list(COLOURS[part])[read.argmax()] == face[part])
         return scores
 
 
@@ -341,7 +332,7 @@ def reenact_case(seed, a, models):
     scores = {name: score(images, true, masks, case, models) for name, images in videos.items()}
     if a.probes:
         for name, z in latents.items():
-            scores[name] |= a.probes.scores(z, case.landmarks, case.motion, case.face)
+            scores[name] |= a.probes.scores(z, case.landmarks, case.motion)
     return scores, sheet_row(case.source, case.driving, true, videos[f"{a.steps[-1]} steps"])
 
 

@@ -99,7 +99,7 @@ def test_the_grid_of_a_probe_moves_with_the_head(metrics, landmarker, clip):
 
 
 def test_probes_read_what_latents_hold(metrics, landmarker, monkeypatch):
-    """With the pictures themselves as latents; a few people are enough for the background."""
+    """With the pictures themselves as latents; of people that they were fitted on."""
 
     class Pixels(torch.nn.Module):
         def encode(self, images):
@@ -107,13 +107,13 @@ def test_probes_read_what_latents_hold(metrics, landmarker, monkeypatch):
 
     models = sample.Models(None, Pixels(), None, landmarker, "", torch.device("cpu"))
     monkeypatch.setattr(sample.Models, "size", 64)
-    probes, world = metrics.Probes(models, people=16), rendered_world()
-    images, _, face, motion = world.sample_clip(7, 2, metrics.RENDER, fps=1)  # one of the 16
-    tracked = data.track(images, landmarker, "a person")
-    crops = np.stack([data.crop(image, tracked.square, 64) for image in images])
-    scores = probes.scores(metrics.encode(models, crops), tracked.landmarks, motion, face)
-    assert scores["probe_back"] == 1 and scores["probe_shirt"] == 1
-    assert scores["probe_hair"] == 1
+    probes, world, found = metrics.Probes(models, people=16), rendered_world(), []
+    for seed in range(6):  # of the 16
+        images, _, _, motion = world.sample_clip(seed, 2, metrics.RENDER, fps=1)
+        tracked = data.track(images, landmarker, "a person")
+        crops = np.stack([data.crop(image, tracked.square, 64) for image in images])
+        found.append(probes.scores(metrics.encode(models, crops), tracked.landmarks, motion))
+    assert np.mean([r for scores in found for r in scores.values()]) > 0.5      # 16 of these 19 right; of two frames each is 1 or -1
 
 
 def test_controls(metrics, capsys):
@@ -132,13 +132,14 @@ def test_within_leaves_out_who_it_is(metrics):
 
 def test_reenact_stands_beside_its_ceilings(metrics, capsys, tmp_path):
     sheet = tmp_path / "sheet.png"
-    run(metrics, "--n", 1, "--frames", 4, "--steps", 1, "--probes", 6, "--sheet", sheet)
+    run(metrics, "--n", 1, "--frames", 6, "--steps", 1, "--probes", 6, "--sheet", sheet)
     found = result(capsys)
     made, through, true = found["1 steps"], found["autoencoder"], found["true"]
     assert true["psnr"] > 90 and true["skin_error"] == 0 and true["found"] == 1
     assert made["psnr"] + 4 < through["psnr"] < 60  # it shows the truth
     assert made["skin_error"] > 0 and made["hair_error"] > 0
-    assert "probe_hair" in made and "probe_hair" in through and np.isnan(true["probe_hair"])
+    probes = [name for name in made if name.startswith("probe_")]
+    assert probes and set(probes) <= set(through) and all(np.isnan(true[name]) for name in probes)
     assert Image.open(sheet).size[0] > 9 * 64
 
 
