@@ -96,18 +96,4 @@ def landmarker():
     return data.FaceLandmarker()
 
 
-LONGEST = "train app export export_half readme build curate_restart kill curate".split()
-
-
-def pytest_configure(config):
-    """Files go to the processes in the order below, not by their number of tests."""
-    config.option.loadscopereorder = False
-
-
-def pytest_collection_modifyitems(items):
-    """The files that take longest come first, so that no process has to wait at the end for another."""
-    ranks = {f"test_{name}": rank for rank, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: ranks.get(item.path.stem, len(LONGEST)))
-
-
 pytest_plugins = ["films", "graphs"]
