@@ -749,7 +749,7 @@ def write_manifest(a):
             why = "--test sets the fraction, and videos in one folder count as one person"
             print(f"note: no identity fell to {split}; {why}")
     left_out = len(entries) - len(kept)
-    print(f"{len(kept)} clips in {a.out}/train and test, {left_out} candidates left out: {path}")
+    print(f"{len(kept)} clips in {a.out}, {left_out} candidates left out; why: {path}")
 
 
 def stats(a):
@@ -846,6 +846,8 @@ def main():
                 histogram(a)
             if world == 1 and stage == "write":
                 write_manifest(a)
+    if worker.cache_info().currsize:
+        worker().shutdown()
     if a.command == "run":
         stats(a)
 

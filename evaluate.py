@@ -781,6 +781,8 @@ def table1(a, same):
         f"{count} videos of {a.frames} frames; mean ± half of the 95 % interval over videos; "
         f"LMSE in pixels² of a crop of 256."
     )
+    if a.frames <= load_models(a.model).sdit.config.frames and not given:
+        note += " So few frames are one row, of which all methods make the same."
     write_table(
         a,
         f"{protocol}-{given}" if given else protocol,

@@ -513,7 +513,8 @@ def load_engine(folder, model_sha256=None, device="cpu"):
 # --------------------------------------------------------------------------------------------------
 # Comparison with the model
 
-TOLERANCE = dict(fp32=1e-5, fp16=5e-3, bf16=3e-2)  # relative L2 error against the model in float32
+# Relative L2 error against the model in float32, whose own rounding is 1e-5 where it is trained
+TOLERANCE = dict(fp32=1e-4, fp16=5e-3, bf16=3e-2)
 
 
 @torch.no_grad()
@@ -678,9 +679,10 @@ def export(model, digest, kind, a, device):
         name += "-unguided"
     final = a.out / name
     if final.exists():
-        known = {*read_manifest(final).sha256, "manifest.json"}
-        if others := sorted({p.name for p in final.iterdir()} - known):
-            cure = "move it, or choose another --out"
+        about, cure = read_manifest(final), "move it, or choose another --out"
+        if about.model_sha256 != digest:
+            raise UserError(f"{final} is the export of another model; {cure}")
+        if others := sorted({p.name for p in final.iterdir()} - {*about.sha256, "manifest.json"}):
             raise UserError(f"{final} also holds {others[0]}, which is not the export's; {cure}")
 
     with data.owned(final), atomic_folder(final) as folder:

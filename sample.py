@@ -1,7 +1,7 @@
 """Reenactment: a picture of a face and a driving video in, a video of that face with those
 movements out (paper 3.2, Algorithm 1).
 
-    python sample.py  # the bundled picture, video and models: a quarter of a minute
+    python sample.py  # the bundled picture, video and models: under half a minute
     python sample.py --source x.jpg --driving y.mp4 --compare
     python sample.py --prompt "a man with red hair" --driving y.mp4
     torchrun --nproc_per_node=4 sample.py --source x.jpg --driving y.mp4 --out z.mp4
@@ -505,7 +505,7 @@ def sample_video(model, conditions, settings, wanted=None, finished=None, share=
     mine = [b for b in needed[rank::processes] if not all(f in finished for f in kept[b])]
     to_sample = sorted({0, *mine}) if mine and settings.method == "anchored" else mine
     if rank == 0 and len(wanted) < M:
-        print(f"{len(wanted)} of {M} frames are in {len(needed)} of {len(rows)} rows")
+        print(f"{len(wanted)} of {M} frames; they need {len(needed)} of {len(rows)} rows")
 
     # Sample: row 0 with its anchor bank, if there is an anchor, then the other rows.
     sampled = sample_rows(model, rows, to_sample, conditions, settings)
@@ -1011,10 +1011,11 @@ def main():
 
     given = {a.source and a.source.resolve(), a.driving.resolve()}
     if a.model.resolve() == MODEL and (a.pairs or not given <= {None, SOURCE, DRIVING}):
+        who = ", not the person in the picture" if a.source or a.pairs else ""
         print_once(
             "note: the bundled model knows rendered faces only: the result is a rendered face that "
-            "moves like the driving person, not the person in the picture; for real faces train a "
-            "model on real clips (README, Train) and give it with --model"
+            f"moves like the driving person{who}; for real faces train a model on real clips "
+            "(README, Train) and give it with --model"
         )
 
     options = vars(a)

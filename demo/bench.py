@@ -20,29 +20,13 @@ KINDS = ("torchscript", "onnx", "trt")
 PACKAGES = ("torch", "onnxruntime-gpu", "onnxruntime", "tensorrt")
 
 
-def resident_memory(field):
-    """MiB of this process on Linux: VmRSS, what it holds, or VmHWM, the peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
-
-
 def peak_memory(run, device):
-    """MiB that a call takes at its peak beyond what is held before it; None where the system does
-    not tell."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        torch.cuda.synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
-        before = resident_memory("VmRSS")
-    except OSError:
-        return None
+    """MiB of the GPU that a call takes at its peak beyond what is held before it."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     run()
-    return max(0.0, resident_memory("VmHWM") - before)
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
 def make_runners(model, a, device, folder):
@@ -74,8 +58,8 @@ def warm_up(model, a, device, runners, inputs):
             if not error <= export.TOLERANCE[a.precision]:
                 raise RuntimeError(f"differs from the model by {error:.2g}")
             run(inputs)
-            # ONNX Runtime and TensorRT allocate beside PyTorch on a GPU
-            if device.type == "cpu" or backend not in ("onnx", "trt"):
+            # ONNX Runtime and TensorRT allocate beside PyTorch
+            if device.type == "cuda" and backend not in ("onnx", "trt"):
                 memory[key] = peak_memory(functools.partial(run, inputs), device)
         except Exception as e:  # a backend that fails is a row of the table
             missing[key] = str(e).partition("\n")[0]
@@ -121,7 +105,7 @@ def report(model, a, device, seconds, memory, missing, repeat):
     )
 
     base = seconds.get(("eager", "override"), math.nan)
-    print(f"| | {' | '.join(FORMS)} | peak memory, packed |\n|---|---|---|---|---|")
+    print(f"| | {' | '.join(FORMS)} | peak memory of a GPU, packed |\n|---|---|---|---|---|")
     for backend in dict.fromkeys(backend for backend, _ in seconds):
         cells = ["-"] * len(FORMS)
         for i, form in enumerate(FORMS):
@@ -129,10 +113,10 @@ def report(model, a, device, seconds, memory, missing, repeat):
                 median = seconds[backend, form]
                 cells[i] = f"{median * 1e3:,.1f} ms ({median / base:.2f})"
         peak = memory.get((backend, "packed")) or 0
-        cells.append(f"{peak:,.0f} MiB" if peak >= 1 else "-")  # less is not seen
+        cells.append(f"{peak:,.0f} MiB" if peak else "-")
         print(f"| {backend} | {' | '.join(cells)} |")
-    for reason in dict.fromkeys(f"{backend}: {why}" for (backend, _), why in missing.items()):
-        print(f"not there: {reason}")
+    for (backend, form), why in missing.items():
+        print(f"no {backend} {form}: {why}")
 
     about = dict(
         model=config.name,

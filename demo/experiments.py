@@ -126,7 +126,7 @@ def write_pairs(path, lines):
         table = csv.DictWriter(f, ["source", "driving", "out"])
         table.writeheader()
         table.writerows(lines)
-    print(f"{path}: {len(lines)} pairs")
+    print(f"{path}: {len(lines)} pairs, each with a clip of its own")
 
 
 def random_pairs(a):

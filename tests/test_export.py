@@ -145,6 +145,8 @@ def test_what_does_not_fit_is_refused(small_model, engine, tmp_path, monkeypatch
     folder = export.export(small_model, "digest", "torchscript", Arguments(tmp_path), CPU)
     with pytest.raises(UserError, match="another model"):
         export.load_engine(folder, "another")
+    with pytest.raises(UserError, match="is the export of another model; move it"):
+        export.export(small_model, "another", "torchscript", Arguments(tmp_path), CPU)
     (folder / "rest.ts").write_bytes(b"torn")
     with pytest.raises(UserError, match="rest.ts is missing or not what was written"):
         export.load_engine(folder, "digest")

@@ -1,7 +1,9 @@
 """Hands that do odd things: names, two at once, interruptions, files of a user's, hostile files, silly numbers."""
+import dataclasses
 import errno
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -290,6 +292,15 @@ def test_sizes_in_a_file_are_not_believed(wrong, tmp_path):
     assert time.perf_counter() - began < 20
 
 
+@pytest.mark.parametrize("wrong", [dict(widths=[]), dict(widths=[8] * 9), dict(scale=math.nan), dict(latent_channels=0), dict(groups=3), dict(layers="2")])
+def test_configurations_that_no_model_can_have(tmp_path, wrong):
+    """A file whose metadata lie about its network is one sentence, before memory is taken for it."""
+    config = dataclasses.asdict(sdit.AutoencoderConfig(widths=(8, 8), layers=1, groups=4)) | wrong
+    sdit.write_tensors(tmp_path / "x.safetensors", dict(a=torch.zeros(1)), config)
+    with pytest.raises(sdit.UserError, match="x.safetensors is not a model of ours"):
+        sdit.load_autoencoder(tmp_path / "x.safetensors")
+
+
 def test_hostile_clip_files_and_pickles(tmp_path):
     tensors, config = sdit.read_tensors(ROOT / "demo" / "clip.safetensors")
     for wrong in (dict(vision_cfg=config["vision_cfg"] | dict(timm_model_name="x")), dict(text_cfg=config["text_cfg"] | dict(hf_model_name="x")),
@@ -421,7 +432,10 @@ def test_the_note_on_photographs_comes_first(monkeypatch):
     for given in (["--source", "photo.jpg"], ["--driving", "film.mp4"], []):
         monkeypatch.setattr("sys.argv", ["sample.py", *given])
         sample.main()
-    assert seen[0].startswith(b"note: the bundled model knows rendered faces only") and seen[1] == seen[0] * 2 == seen[2]
+    note = b"note: the bundled model knows rendered faces only"
+    assert seen[0].startswith(note) and b"not the person in the picture" in seen[0]
+    alone = seen[1].removeprefix(seen[0])                                       # no picture of theirs
+    assert alone.startswith(note) and b"in the picture" not in alone and seen[2] == seen[1]
 
 
 # Under torchrun
