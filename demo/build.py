@@ -83,7 +83,7 @@ QUICK = Recipe(
     autoencoder_steps=500,
     clip_steps=150,
     unseen=80,
-    runs=((1, 800, 16, 2.4e-3), (4, 150, 8, 1e-3)),
+    runs=((1, 3000, 16, 2.4e-3), (4, 600, 8, 1e-3)),
 )
 
 AUTOENCODER = sdit.AutoencoderConfig(
@@ -135,6 +135,8 @@ def build_clips(recipe):
         make = functools.partial(make_clip, recipe)
         count = recipe.clips + recipe.more
         missed = sum(tqdm(pool.imap(make, range(count), 8), "clips", count))
+        pool.close()
+        pool.join()  # the workers end by themselves, and with them what they hold
     print(f"{count} clips; faces missed in {missed} frames")
     (recipe.folder / "clips" / "done").write_text("")
 
