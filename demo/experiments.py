@@ -154,7 +154,7 @@ def random_pairs(a):
 def attribute_probe(a):
     """A function of crops (M, h, h, 3) uint8 -> (M, 4): which hair, shirt, background and skin, as
     numbers, a linear probe reads in their CLIP vectors. It is fitted on the faces of the world. (In
-    latents such a probe tells hair and shirt of true pictures in two of three only.)"""
+    latents such a probe is far weaker.)"""
     models, path = evaluate.load_models(a.model), a.out / "cache"
     path /= f"probe-{models.sha256[:16]}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
