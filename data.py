@@ -106,11 +106,9 @@ class Rows(torch.utils.data.Dataset):
         clip = self._clip(n)
         found = clip.get_tensor("found").numpy()
         times, source = choose_frames(np.random.default_rng([self.seed, 1, n]), found, self.frames)
-        latents, landmarks, mask = (
-            clip.get_tensor(k)[times].float() for k in ("latent", "landmarks", "weight")
-        )
-        first, last = clip.get_tensor("scene").float()  # (2, S): of both ends
-        scene = first if source == 0 else last
+        names = "latent", "landmarks", "weight"
+        latents, landmarks, mask = (clip.get_tensor(k)[times].float() for k in names)
+        scene = clip.get_tensor("scene")[0 if source == 0 else 1].float()  # (2, S): of both ends
         return dict(latents=latents, landmarks=landmarks, mask=mask / 255, scene=scene)
 
     def _clip(self, n):

@@ -50,11 +50,9 @@ class UserError(ValueError):
 def has_bf16(device):
     """Whether the device multiplies matrices in bfloat16 in hardware; elsewhere it is slower than
     float32."""
-    device = torch.device(device)
-    if device.type == "cuda":
+    if torch.device(device).type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device.type == "cpu" and on_cpu
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -120,8 +120,7 @@ def variational_bound(schedule, x0, xt, predicted, variance_mix, t):
 
     # KL divergence of the true posterior from the model's, both normal
     kl = log_variance - true_log_variance + torch.exp(true_log_variance - log_variance)
-    kl = kl + (true_mean - mean) ** 2 * torch.exp(-log_variance)
-    kl = (kl - 1) / 2
+    kl = (kl + (true_mean - mean) ** 2 * torch.exp(-log_variance) - 1) / 2
 
     # At t = 0 there is no posterior, but the likelihood of x0 in a bin of width 2 / 255, that of an
     # 8-bit pixel. For latents it means little; DiT has it.
@@ -153,7 +152,6 @@ def diffusion_loss(model, schedule, batch, t, noise, drop, lambda_ex=1.0):
         # (predicted - noise)^2 = alpha_bar * (v's error)^2: divided, it is the error of v
         error = error / schedule.at(schedule.alpha_bar, t, error)
 
-    # DiT adds the bound as it is; its means hold the predicted noise, so it must not train that
     return error, variational_bound(schedule, x0, xt, predicted.detach(), variance_mix, t)
 
 
@@ -225,10 +223,10 @@ def start_processes():
 
 
 def build_model(rows, size, frames, prediction="epsilon"):
-    """An untrained SDiT for a cache, with its latent shape, frozen models and statistics."""
+    """An untrained SDiT for a cache, with its latent shape, frozen models and statistics. By the
+    `scene_mean` in its configuration `load_state` knows the data again."""
     settings = {name: rows.about[name] for name in data.SETTINGS}
     buffers = rows.statistics()
-    # a fingerprint of the data, by which `load_state` knows it again
     settings["scene_mean"] = [round(x, 5) for x in buffers["scene_mean"].tolist()]
     model = sdit.SDiT(sdit.make_config(size, frames, prediction=prediction, **settings))
     for name, value in buffers.items():
@@ -338,11 +336,9 @@ def train(a, rows):
     run = Run(a, rows, networks, start, device)
 
     # the rows of a step that this process works through, some at a time
-    rows_a_pass = a.batch // a.world // a.accumulate
+    count = a.batch // a.world // a.accumulate
     first = a.rank * a.accumulate
-    passes = [
-        slice(k * rows_a_pass, (k + 1) * rows_a_pass) for k in range(first, first + a.accumulate)
-    ]
+    passes = [slice(k * count, (k + 1) * count) for k in range(first, first + a.accumulate)]
     batches = load_batches(rows, a, start, passes, device)
     shape = (a.batch, *rows[0]["latents"].shape)  # (B, T, C, H, W), of all processes
 
@@ -369,11 +365,7 @@ def train(a, rows):
             bar.update()
 
             run.maybe_preview(step + 1)
-            log, save = run.decide(step + 1)
-            if log:
-                run.log(step + 1)
-            if save:
-                run.save(step + 1)
+            run.log_and_save(step + 1)
             if run.stopping:
                 break
 
@@ -405,6 +397,14 @@ class Run:
                 f"{a.size}, {a.frames} frames: {million:.1f} M parameters; {len(rows)} clips; "
                 f"{a.world} x {device.type}, {a.precision}; from step {start}"
             )
+
+    def log_and_save(self, step):
+        """Where it is time to."""
+        log, save = self.decide(step)
+        if log:
+            self.log(step)
+        if save:
+            self.save(step)
 
     def decide(self, step):
         """(log, save): whether to, after `step` steps; sets `stopping` at a signal. Processes ask
