@@ -414,6 +414,7 @@ def test_pairs_with_text_faces_and_bad_lines(world, tmp_path, clip, monkeypatch,
     sample.reenact(out=tmp_path / "face.mp4", face=(1,), **options)
     sample.reenact(out=tmp_path / "edit.mp4", edit="red hair -> black hair", **options)
     sample.reenact(out=tmp_path / "shape.mp4", retarget=True, **options)
+    sample.reenact(out=tmp_path / "bundled.mp4", retarget=True, **options | dict(source=None))  # the bundled picture has a shape, too
     for name in ("face", "edit", "shape"):
         assert abs(frames_of(tmp_path / f"{name}.mp4") - made[0]).mean() > 0.5
     for wrong, message in ((dict(face=(2,)), "no face number 2 in .*driving.mp4: .* has 2"), (dict(edit="red hair"), "is not of the form"),
