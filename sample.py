@@ -569,7 +569,7 @@ def batches(items, size):
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-class Partial:
+class LatentStore:
     """{frame: latent} on disk, OUT.partial/KEY-FRAME.safetensors, for `sample_video`. KEY: a digest
     of all that decides the result; frames of another key are removed, other files stay. show: a
     function that sees every new frame."""
@@ -788,7 +788,7 @@ def read_faces(asked, models, driving):
 
 
 def sample(job):
-    """The wanted frames, on disk (Algorithm 1, steps 1 and 3): a `Partial`, {frame: latent}."""
+    """The wanted frames, on disk (Algorithm 1, steps 1 and 3): a `LatentStore`, {frame: latent}."""
     models, conditions = job.models, job.conditions
     rank, processes, _ = data.ranks()
     if processes > 1:  # those of rank 0, should ranks differ by a bit
@@ -805,7 +805,7 @@ def sample(job):
         [image] = decode_frames(models, {frame: latent}, [frame], data.Stopwatch())
         show("frame", frame, len(job.driving), image)
 
-    finished = Partial(job.paths[0], key.hexdigest()[:16], show and show_frame)
+    finished = LatentStore(job.paths[0], key.hexdigest()[:16], show and show_frame)
     denoiser, share = models.engine or models.sdit, (rank, processes)
     return sample_video(denoiser, conditions, job.settings, job.wanted, finished, share)
 

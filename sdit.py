@@ -618,14 +618,14 @@ class MidBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        first, last = c.widths[0], c.widths[-1]
+        first, last = config.widths[0], config.widths[-1]
         self.conv_in = nn.Conv2d(3, first, 3, padding=1)
-        self.down_blocks = make_levels(c.widths, c.layers, c.groups, Downsample)
-        self.mid_block = MidBlock(last, c.groups)
-        self.conv_norm_out = nn.GroupNorm(c.groups, last, eps=1e-6)
-        self.conv_out = nn.Conv2d(last, 2 * c.latent_channels, 3, padding=1)
+        self.down_blocks = make_levels(config.widths, config.layers, config.groups, Downsample)
+        self.mid_block = MidBlock(last, config.groups)
+        self.conv_norm_out = nn.GroupNorm(config.groups, last, eps=1e-6)
+        self.conv_out = nn.Conv2d(last, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x):
         x = self.conv_in(x)  # (B, first width, h, w)
@@ -635,13 +635,15 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        first, last = c.widths[-1], c.widths[0]
-        self.conv_in = nn.Conv2d(c.latent_channels, first, 3, padding=1)
-        self.mid_block = MidBlock(first, c.groups)
-        self.up_blocks = make_levels(c.widths[::-1], c.layers + 1, c.groups, Upsample)
-        self.conv_norm_out = nn.GroupNorm(c.groups, last, eps=1e-6)
+        first, last = config.widths[-1], config.widths[0]
+        self.conv_in = nn.Conv2d(config.latent_channels, first, 3, padding=1)
+        self.mid_block = MidBlock(first, config.groups)
+        self.up_blocks = make_levels(
+            config.widths[::-1], config.layers + 1, config.groups, Upsample
+        )
+        self.conv_norm_out = nn.GroupNorm(config.groups, last, eps=1e-6)
         self.conv_out = nn.Conv2d(last, 3, 3, padding=1)
 
     def forward(self, x):

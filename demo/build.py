@@ -51,7 +51,7 @@ class Recipe:
     clips: int = 3066  # seeds 0 .. clips - 1
     frames: int = 12  # at `fps`: rows of a clip reach over up to two seconds
     fps: int = 6
-    more: int = 4500  # clips of 8 frames at 4 a second, for the sDiT: it learns people by heart
+    more: int = 12_000  # clips of 8 frames at 4 a second, for the sDiT: it learns people by heart
     paintings: int = 500
     render: int = 144  # pixels of the rendered frames, a little more than ...
     size: int = 128  # ... those that the models see
@@ -62,7 +62,7 @@ class Recipe:
     unseen: int = 1200  # faces that CLIP is tested on
     processes: int = 2 if device == "cpu" and os.cpu_count() > 1 else 1  # of the sDiT's training
     # of the sDiT: frames, steps, rows a step, learning rate
-    runs: tuple = ((1, 19_000, 32, 1.8e-3), (4, 60_000, 16, 1e-3))
+    runs: tuple = ((1, 19_000, 32, 1.8e-3), (4, 50_000, 16, 1e-3))
 
     @property
     def shipped(self):
@@ -629,6 +629,7 @@ def build_sdit(recipe):
             lr=lr,
             mapping_lr=lr,
             warmup=min(500, steps // 10),
+            lambda_ex=10,  # lips and eyes are 1.3 % of the latents
             prediction="v",
             ema=0.9995,
             save_minutes=5,

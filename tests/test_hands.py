@@ -55,7 +55,7 @@ def test_rows_and_caches_of_any_name(tmp_path):
     """The library of safetensors takes no name that is not UTF-8."""
     home = tmp_path / os.fsdecode(b"caf\xe9")
     home.mkdir()
-    rows = sample.Partial(f"{home}/o.mp4/", "k")
+    rows = sample.LatentStore(f"{home}/o.mp4/", "k")
     assert not (home / "o.mp4").exists()
     rows[1] = torch.ones(3)
     assert 1 in rows and rows[1].sum() == 3
@@ -170,7 +170,7 @@ def test_a_write_is_whole_or_not_there(tmp_path, monkeypatch):
 
 
 def test_torn_rows_and_records_are_made_again(tmp_path):
-    rows = sample.Partial(tmp_path / "o.mp4", "k")
+    rows = sample.LatentStore(tmp_path / "o.mp4", "k")
     for row in range(4):
         rows[row] = torch.ones(2, 4, 8, 8)
     whole = rows._path(0).read_bytes()
@@ -254,7 +254,7 @@ def test_copies_of_states_and_rows_of_others_stay(cache, tmp_path, monkeypatch):
     (tmp_path / "run" / "state-00000004.pt").unlink()
     run(cache, tmp_path / "run", monkeypatch, "--save-minutes", "0")
     assert sorted(p.name for p in (tmp_path / "run").glob("state*")) == ["state-00000003.pt", "state-00000004.pt", "state-best.pt"]
-    rows = sample.Partial(tmp_path / "o.mp4", "k")
+    rows = sample.LatentStore(tmp_path / "o.mp4", "k")
     rows[1] = torch.ones(1)
     (rows.folder / "mine.txt").touch()
     rows.remove()

@@ -372,11 +372,11 @@ def test_an_interrupted_run_goes_on(tmp_path, clip, monkeypatch):
 
 
 def test_frames_of_other_settings_are_removed(tmp_path, capsys):
-    sample.Partial(tmp_path / "o.mp4", "one")[3] = torch.ones(2, 4, 8, 8)
-    assert 3 in sample.Partial(tmp_path / "o.mp4", "one") and torch.equal(sample.Partial(tmp_path / "o.mp4", "one")[3], torch.ones(2, 4, 8, 8))
+    sample.LatentStore(tmp_path / "o.mp4", "one")[3] = torch.ones(2, 4, 8, 8)
+    assert 3 in sample.LatentStore(tmp_path / "o.mp4", "one") and torch.equal(sample.LatentStore(tmp_path / "o.mp4", "one")[3], torch.ones(2, 4, 8, 8))
     assert not capsys.readouterr().out
     (tmp_path / "o.mp4.partial" / "mine").mkdir()
-    assert 3 not in sample.Partial(tmp_path / "o.mp4", "two") and [p.name for p in (tmp_path / "o.mp4.partial").iterdir()] == ["mine"]
+    assert 3 not in sample.LatentStore(tmp_path / "o.mp4", "two") and [p.name for p in (tmp_path / "o.mp4.partial").iterdir()] == ["mine"]
     assert "1 finished frames of another model, input or setting removed" in capsys.readouterr().out
 
 
