@@ -629,7 +629,7 @@ def build_sdit(recipe):
             lr=lr,
             mapping_lr=lr,
             warmup=min(500, steps // 10),
-            lambda_ex=10,  # lips and eyes are 1.3 % of the latents
+            lambda_ex=10,  # lips and eyes cover little of a picture
             prediction="v",
             ema=0.9995,
             save_minutes=5,
