@@ -150,7 +150,7 @@ class Rows(torch.utils.data.Dataset):
                 points.append(clip.get_tensor("landmarks")[::4].flatten(1).float())
                 scenes.append(clip.get_tensor("scene").float())
 
-        points = torch.cat(points)  # (frames, 1434)
+        points = torch.cat(points).double()  # (frames, 1434); axes of like variance are steadier so
         mean, deviation = points.mean(0), points.std(0, correction=0).clamp_min(1e-3)
         scaled = (points - mean) / deviation
         variance, axes = torch.linalg.eigh(scaled.T @ scaled / len(scaled))  # ascending
@@ -162,8 +162,8 @@ class Rows(torch.utils.data.Dataset):
         scene_mean = scenes.mean(0)
         scene_variance = (scenes - scene_mean).square().sum(1).mean().clamp_min(1e-2)
         return dict(
-            landmark_mean=mean.view(LANDMARKS, 3),
-            landmark_basis=axes * gain / deviation[:, None],
+            landmark_mean=mean.view(LANDMARKS, 3).float(),
+            landmark_basis=(axes * gain / deviation[:, None]).float(),
             scene_mean=scene_mean,  # (S,)
             scene_gain=(LANDMARK_COMPONENTS / scene_variance).sqrt(),
         )

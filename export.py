@@ -344,14 +344,17 @@ def load_onnx(path, device):
     if device.type == "cuda":
         provider = "CUDAExecutionProvider"
         settings = dict(device_id=device.index or 0, use_tf32=0)
+    cure = "install onnxruntime-gpu for PyTorch's CUDA version, or choose --device cpu"
+    missing = UserError(f"this ONNX Runtime has no {provider}; {cure}")
+    if provider not in onnxruntime.get_available_providers():
+        raise missing
     try:
         session = onnxruntime.InferenceSession(path, options, providers=[(provider, settings)])
     except Exception as e:  # its errors have no common class
         reason = str(e).partition("\n")[0]
         raise UserError(f"ONNX Runtime cannot run {path} on {device}: {reason}") from None
     if session.get_providers()[0] != provider:  # it falls back without an error
-        cure = "install onnxruntime-gpu for PyTorch's CUDA version, or choose --device cpu"
-        raise UserError(f"this ONNX Runtime has no {provider}; {cure}")
+        raise missing
     return session
 
 

@@ -166,12 +166,13 @@ class Objective(nn.Module):
         return diffusion_loss(self.model, self.schedule, batch, t, noise, drop, self.lambda_ex)
 
 
-def sample_noise(seed, step, shape, p_drop):
-    """A function of (seed, step) alone: timesteps (B,), uniform over 0..999; noise of `shape`
-    (B, ...); drop (B,), true with probability `p_drop`."""
-    g = torch.Generator().manual_seed(seed * 1_000_003 + step)  # apart for up to 1,000,003 steps
-    t = torch.randint(NoiseSchedule.steps, shape[:1], generator=g)
-    return t, torch.randn(shape, generator=g), torch.rand(shape[0], generator=g) < p_drop
+def sample_noise(seed, step, shape, p_drop, device="cpu"):
+    """A function of (seed, step) alone, for each kind of device: timesteps (B,), uniform over
+    0..999; noise of `shape` (B, ...); drop (B,), true with probability `p_drop`."""
+    g = torch.Generator(device).manual_seed(seed * 1_000_003 + step)  # apart for 1,000,003 steps
+    of = dict(generator=g, device=device)
+    t = torch.randint(NoiseSchedule.steps, shape[:1], **of)
+    return t, torch.randn(shape, **of), torch.rand(shape[0], **of) < p_drop
 
 
 # --------------------------------------------------------------------------------------------------
@@ -346,12 +347,12 @@ def train(a, rows):
         for step in range(start, a.steps):
             for group in optimizer.param_groups:
                 group["lr"] = group["initial"] * learning_rate(step, a.steps, a.warmup)
-            sampled = sample_noise(a.seed, step, shape, a.drop)
+            sampled = sample_noise(a.seed, step, shape, a.drop, device)
 
             optimizer.zero_grad()
             for part in passes:
                 batch = next(batches)
-                t, noise, drop = (data.send(x[part], device) for x in sampled)
+                t, noise, drop = (x[part] for x in sampled)
 
                 # processes average their gradients after the last pass, as with no_sync()
                 objective.require_backward_grad_sync = part == passes[-1]

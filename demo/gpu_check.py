@@ -171,7 +171,7 @@ def make_training_step(bench, frames, compiled):
     def step(n):
         optimizer.zero_grad(set_to_none=True)
         given = {name: data.send(x, device) for name, x in batch.items()}
-        t, noise, drop = (data.send(x, device) for x in train.sample_noise(0, n, shape, 0.1))
+        t, noise, drop = train.sample_noise(0, n, shape, 0.1, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             error, bound = objective(given, t, noise, drop)
         (error + bound).mean().backward()

@@ -1,5 +1,6 @@
 """demo/build.py from nothing to a video, at the smallest size."""
 import pytest
+import torch
 
 pytest.importorskip("warp", reason="the demo's world needs demo/requirements.txt")
 
@@ -22,6 +23,8 @@ def test_the_chain_from_nothing_to_a_video(built):
     model = sdit.load_model(built.folder / "shipped" / "sdit.safetensors")
     assert model.config.prediction == "v" and model.config.frames == 2
     assert list(data.Rows(built.folder / "cache", 2).lengths[0]) == [5] * 6 + [8]
+    state = torch.load(built.folder / "sdit-2" / "state-00000002.pt", weights_only=True)
+    assert state["recipe"]["lambda_ex"] == 10                                   # lips and eyes: it reached train.py
     assert len(data.Video(built.folder / "reenacted.mp4")) == 48
     assert {p.name for p in (built.folder / "shipped").iterdir()} >= {"source.png", "driving.mp4", "reenacted.webp", "strip.png"}
 

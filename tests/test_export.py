@@ -209,3 +209,10 @@ def test_bad_arguments(given, reason, tmp_path, monkeypatch, capsys):
         export.main()
     assert reason in f"{raised.value} {capsys.readouterr().err}"
     assert not list(tmp_path.iterdir())
+
+
+def test_an_onnx_runtime_without_cuda_is_named(monkeypatch, tmp_path):
+    import onnxruntime
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(UserError, match="has no CUDAExecutionProvider; install onnxruntime-gpu"):
+        export.load_onnx(tmp_path / "packed.onnx", torch.device("cuda"))
