@@ -53,6 +53,7 @@ class Recipe:
     fps: int = 6
     more: int = 18_200  # clips of 8 frames at 4 a second, for the sDiT: it learns people by heart
     paintings: int = 500
+    mirrored: bool = True  # clips and paintings for the sDiT as their mirror images too
     render: int = 144  # pixels of the rendered frames, a little more than ...
     size: int = 128  # ... those that the models see
     autoencoder_clips: int = 1600  # the first ones are enough
@@ -62,7 +63,16 @@ class Recipe:
     unseen: int = 1200  # faces that CLIP is tested on
     processes: int = 2 if device == "cpu" and os.cpu_count() > 1 else 1  # of the sDiT's training
     # of the sDiT: frames, steps, rows a step, learning rate
-    runs: tuple = ((4, 14_536, 256, 2e-3),)
+    runs: tuple = ((4, 25_585, 512, 2e-3),)
+
+    @property
+    def originals(self):
+        """Clips that are rendered. Their mirror images have the numbers from here on."""
+        return self.clips + self.more
+
+    @property
+    def all_clips(self):
+        return range(self.originals * (2 if self.mirrored else 1))
 
     @property
     def shipped(self):
@@ -76,6 +86,7 @@ QUICK = Recipe(
     frames=8,
     more=0,
     paintings=16,
+    mirrored=False,
     render=72,
     size=64,
     autoencoder_clips=160,
@@ -104,22 +115,26 @@ PAINTING_SEED = 2_000_000
 # Rendered clips
 
 
-def clip_length(recipe, seed):
+def clip_length(recipe, number):
     """(frames, frames a second) of a clip."""
-    return (recipe.frames, recipe.fps) if seed < recipe.clips else (8, 4)
+    first = number % recipe.originals < recipe.clips
+    return (recipe.frames, recipe.fps) if first else (8, 4)
 
 
-def make_clip(recipe, seed):
-    """Render, track and crop one clip with data.py's own functions, as FOLDER/clips/SEED.npz.
+def make_clip(recipe, number):
+    """Render, track and crop one clip with data.py's own functions, as FOLDER/clips/NUMBER.npz.
     Returns the number of frames without a face."""
-    path = recipe.folder / "clips" / f"{seed:06d}.npz"
+    path = recipe.folder / "clips" / f"{number:06d}.npz"
     if path.exists():
         return 0
-    count, fps = clip_length(recipe, seed)
+    count, fps = clip_length(recipe, number)
+    seed = number % recipe.originals
     frames, caption, _, _ = world.sample_clip(seed, count, recipe.render, fps)
+    if number != seed:
+        frames = frames[:, :, ::-1]
     if not hasattr(make_clip, "landmarker"):  # one a process
         make_clip.landmarker = data.FaceLandmarker()
-    tracked = data.track(frames, make_clip.landmarker, f"clip {seed}")
+    tracked = data.track(frames, make_clip.landmarker, f"clip {number}")
     pixels = np.stack([data.crop(frame, tracked.square, recipe.size) for frame in frames])
 
     temporary = path.with_suffix(f".{os.getpid()}.tmp.npz")
@@ -133,8 +148,8 @@ def build_clips(recipe):
     world.assets()  # read once, before several processes do
     with multiprocessing.get_context("spawn").Pool() as pool:  # MediaPipe does not survive a fork
         make = functools.partial(make_clip, recipe)
-        count = recipe.clips + recipe.more
-        missed = sum(tqdm(pool.imap(make, range(count), 8), "clips", count))
+        count = len(recipe.all_clips)
+        missed = sum(tqdm(pool.imap(make, recipe.all_clips, 8), "clips", count))
         pool.close()
         pool.join()  # the workers end by themselves, and with them what they hold
     print(f"{count} clips; faces missed in {missed} frames")
@@ -563,13 +578,13 @@ def build_cache(recipe):
 
     folder, names = recipe.folder / "cache", []
     writer = data.CacheWriter(folder, about)
-    for seed in tqdm(range(recipe.clips + recipe.more), "cache"):
-        names.append(f"{seed:06d}")
+    for number in tqdm(recipe.all_clips, "cache"):
+        names.append(f"{number:06d}")
         if writer.read(writer.path(names[-1])):  # of a run that was stopped
             continue
         clip = np.load(recipe.folder / "clips" / f"{names[-1]}.npz")
         tracked = data.Track(clip["landmarks"], clip["found"], clip["square"])
-        count, fps = clip_length(recipe, seed)
+        count, fps = clip_length(recipe, number)
         record = data.encode_clip(clip["pixels"], tracked, fps, autoencoder, encoder)
         writer.add(record, dict(file=names[-1], frames=count))
     writer.finish([writer.read(writer.path(name)) for name in names])
@@ -584,7 +599,10 @@ def build_paintings(recipe):
     folder.mkdir(parents=True, exist_ok=True)
     for i in tqdm(range(recipe.paintings), "paintings"):
         frames, *_ = world.sample_clip(PAINTING_SEED + i, 1, 2 * recipe.render)
-        imageio.imwrite(folder / f"{i:06d}.png", world.painted(frames, i)[0])
+        painting = world.painted(frames, i)[0]  # (h, h, 3)
+        imageio.imwrite(folder / f"{i:06d}.png", painting)
+        if recipe.mirrored:
+            imageio.imwrite(folder / f"{i:06d}-mirrored.png", painting[:, ::-1])
     run(
         "data.py",
         folder,

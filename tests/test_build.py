@@ -1,4 +1,5 @@
 """demo/build.py from nothing to a video, at the smallest size."""
+import numpy as np
 import pytest
 import torch
 
@@ -22,11 +23,19 @@ def built(tmp_path_factory):
 def test_the_chain_from_nothing_to_a_video(built):
     model = sdit.load_model(built.folder / "shipped" / "sdit.safetensors")
     assert model.config.prediction == "v" and model.config.frames == 2
-    assert list(data.Rows(built.folder / "cache", 2).lengths[0]) == [5] * 6 + [8]
+    assert list(data.Rows(built.folder / "cache", 2).lengths[0]) == ([5] * 6 + [8]) * 2
     state = torch.load(built.folder / "sdit-2" / "state-00000002.pt", weights_only=True)
     assert state["recipe"]["lambda_ex"] == 10                                   # lips and eyes: it reached train.py
     assert len(data.Video(built.folder / "reenacted.mp4")) == 48
     assert {p.name for p in (built.folder / "shipped").iterdir()} >= {"source.png", "driving.mp4", "reenacted.webp", "strip.png"}
+
+
+def test_clips_and_paintings_come_as_their_mirror_images_too(built):
+    clip, mirrored = (np.load(built.folder / "clips" / f"{i:06d}.npz") for i in (1, 8))
+    nose, of_mirrored = (c["landmarks"][:, 1] for c in (clip, mirrored))         # (frames, 3), of a crop's side
+    assert abs(nose[:, 0] - 0.5).max() > 0.05, "this head looks straight ahead: take another"
+    assert abs(of_mirrored[:, 0] - (1 - nose[:, 0])).max() < 0.03 and abs(of_mirrored[:, 1] - nose[:, 1]).max() < 0.03
+    assert len(list((built.folder / "paintings").glob("*-mirrored.png"))) == 2
 
 
 def test_channels_of_latents_are_alike(built):
