@@ -106,14 +106,15 @@ class Rows(torch.utils.data.Dataset):
         clip = self._clip(n)
         found = clip.get_tensor("found").numpy()
         times, source = choose_frames(np.random.default_rng([self.seed, 1, n]), found, self.frames)
-        names = "latent", "landmarks", "weight"
+        names = "latent", "landmarks", "weight"  # the last: 255 where lips and eyes are
         latents, landmarks, mask = (clip.get_tensor(k)[times].float() for k in names)
         scene = clip.get_tensor("scene")[0 if source == 0 else 1].float()  # (2, S): of both ends
         return dict(latents=latents, landmarks=landmarks, mask=mask / 255, scene=scene)
 
     def _clip(self, n):
-        """The record of row n, of a cache that is shuffled anew every epoch. A clip that is too
-        short gives way to the next."""
+        """The record of row n. A cache is shuffled anew every epoch, of rows of all caches: of
+        several, each shows its share of its clips in an epoch. A clip that is too short gives way
+        to the next."""
         cache = 0
         if len(self.shares) > 1:
             rng = np.random.default_rng([self.seed, 2, n])
@@ -147,10 +148,10 @@ class Rows(torch.utils.data.Dataset):
             count = min(math.ceil(clips * share), len(there))
             for i in np.linspace(0, len(there) - 1, count).astype(int):
                 clip = self._open(cache, there[i])
-                points.append(clip.get_tensor("landmarks")[::4].flatten(1).float())
+                points.append(clip.get_tensor("landmarks")[::4].flatten(1).float())  # enough
                 scenes.append(clip.get_tensor("scene").float())
 
-        points = torch.cat(points).double()  # (frames, 1434); axes of like variance are steadier so
+        points = torch.cat(points).double()  # (frames, 1434); float32 mixes axes of like variance
         mean, deviation = points.mean(0), points.std(0, correction=0).clamp_min(1e-3)
         scaled = (points - mean) / deviation
         variance, axes = torch.linalg.eigh(scaled.T @ scaled / len(scaled))  # ascending
@@ -1412,18 +1413,6 @@ def check_finished(folder, about, names):
     print(f"{before} of these clips")
 
 
-def bench(cache, frames=8, rows=2000):
-    """Print how many rows a second one process loads from a cache."""
-    loader, warm_up = Rows(cache, frames), rows // 10
-    for n in tqdm(range(warm_up + rows), "rows", leave=False):
-        if n == warm_up:
-            began = time.perf_counter()
-        loader[n]
-    seconds = time.perf_counter() - began
-    speed = f"{rows} rows of {frames} frames in {seconds:.1f} s: {rows / seconds:.0f} rows a second"
-    print(f"{speed} from {len(loader)} clips in {cache}")
-
-
 # --------------------------------------------------------------------------------------------------
 # The command line
 
@@ -1584,7 +1573,6 @@ def arguments():
     add("--autoencoder", default=DEMO / "autoencoder.safetensors", help="file, sd-vae-ft-mse, -ema")
     add("--clip", default=DEMO / "clip.safetensors", help="file, or ViT-L-14")
     add("--size", type=number(int, 1, 4096), help="pixels (default: 128 for the demo, else 256)")
-    add("--bench", action="store_true", help="measure how fast rows load from the finished cache")
     return ap.parse_args()
 
 
@@ -1603,8 +1591,6 @@ def find_clips(folder):
 
 def main():
     a = arguments()
-    if a.bench:
-        return bench(a.out)
     paths = find_clips(a.clips)
 
     # Frozen models

@@ -69,7 +69,7 @@ class Graph(nn.Module):
         return output.to(latents.dtype), *kv
 
     def denoise(self, x, t, c, B, anchor, anchor_kv):
-        return (self.model.denoise(x, t, c, self.model.time_position),)
+        return (self.model.run_blocks(x, t, c, self.model.time_position),)
 
 
 class Override(Graph):
@@ -81,7 +81,7 @@ class Override(Graph):
             x = x.unflatten(0, (-1, self.branches))  # (B, G, T, ...)
             return sdit.override(x, anchor, axis=2).flatten(0, 1)
 
-        return (self.model.denoise(x, t, c, self.model.time_position, override),)
+        return (self.model.run_blocks(x, t, c, self.model.time_position, override),)
 
 
 class Packed(Graph):
@@ -101,7 +101,7 @@ class Packed(Graph):
         t = pack(t.unsqueeze(1).expand(-1, T)).squeeze(1)
         time_position = pack(model.time_position.expand(B * G, -1, -1))
         bank = PackedBank(B, G, T)
-        x = model.denoise(pack(x), t, pack(c), time_position, bank=bank)
+        x = model.run_blocks(pack(x), t, pack(c), time_position, bank=bank)
 
         # unpack: the anchor comes first now, and the slots before it one later
         rest = x[G:].squeeze(1).unflatten(0, (-1, T - 1))  # (BG, T - 1, 2C, H, W)
@@ -140,7 +140,7 @@ class Rest(Graph):
         others = other_slots(anchor, self.model.config.frames)
         time_position = self.model.time_position.index_select(0, others)
         bank = sdit.AnchorBank(kv=(tile(kv, B, 1) for kv in anchor_kv.unbind(0)))
-        return (self.model.denoise(x, t, c, time_position, bank=bank),)
+        return (self.model.run_blocks(x, t, c, time_position, bank=bank),)
 
 
 def other_slots(anchor, T):

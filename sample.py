@@ -6,11 +6,12 @@ movements out (paper 3.2, Algorithm 1).
     python sample.py --prompt "a man with red hair" --driving y.mp4
     torchrun --nproc_per_node=4 sample.py --source x.jpg --driving y.mp4 --out z.mp4
 
-Algorithm 1 is: 1 `plan_rows`, 2 `make_conditions`, 3 `denoise`, 4 `decode_frames`. A video of any
-length is dealt to rows of T frames that share one frame, the anchor. `sample_plain` is the paper's
-rule, all rows in one batch; `sample_first` and `sample_rest` give the same result in the memory of
-a few rows. `reenact` is the whole job: `prepare`, `sample`, `write`. An interrupted command, given
-again, goes on from the finished frames in OUT.partial/."""
+Algorithm 1 is: 1 `plan_rows`, 2 `make_conditions`, 3 `denoise`, 4 `decode_frames`. (Conditions are
+of frames, so here 2 comes first.) A video of any length is dealt to rows of T frames that share one
+frame, the anchor. `sample_plain` is the paper's rule, all rows in one batch; `sample_first` and
+`sample_rest` give the same result in the memory of a few rows and of the anchor bank, which grows
+with the steps alone. `reenact` is the whole job: `prepare`, `sample`, `write`. An interrupted
+command, given again, goes on from the finished frames in OUT.partial/."""
 
 import argparse
 import csv
@@ -49,7 +50,7 @@ CHUNK_TOKENS = dict(cpu=2048, cuda=8192)
 
 
 def anchor_slot(T):
-    """The slot of the anchor in every row."""
+    """The slot of the anchor in every row: the middle one (paper silent)."""
     return T // 2
 
 
@@ -66,10 +67,11 @@ def plan_rows(M, T, anchor_frame=None):
     """Deal the M frames of a video to rows of T (Eq. 1): frame numbers and `keep`, both (B, T).
 
     M = 5, T = 3 gives [[0, 2, 3], [1, 2, 4]]. `keep` marks one place of each frame; elsewhere are
-    copies of the anchor in rows 1.. and repeated frames that fill slots."""
+    copies of the anchor and repeated frames that fill slots."""
     slot = anchor_slot(T)
     if anchor_frame is None:
-        # paper: "the central frame". Where T is even, another one can need fewer rows.
+        # paper: "the central frame". Where T is even, a row has one slot fewer after its anchor, so
+        # that a later frame needs fewer rows: that at 2/3 of the video for T = 4
         by_rows = [(count_rows(M, T, f), abs(f - (M - 1) / 2), f) for f in range(M)]
         anchor_frame = min(by_rows)[-1]
     B = count_rows(M, T, anchor_frame)
@@ -229,7 +231,7 @@ class Settings:
     guidance: these were chosen on the demo (README, Where the paper is silent)."""
 
     steps: int = 20
-    sampler: str = "ddim:1"  # ddim, ddim:ETA, ddpm or dpm++
+    sampler: str = "ddim:1"  # ddim, ddim:ETA, ddpm (the only one with the learned sigma) or dpm++
     guidance: float = 2.0  # 1: none
     method: str = "anchored"  # multidiffusion and independent are there to compare with
     seed: int = 0
@@ -250,7 +252,8 @@ class Settings:
             even = np.linspace(log_snr[0], log_snr[-1], self.steps)
             t = np.interp(even, log_snr[::-1], np.arange(last, -1, -1))
 
-        # no timestep twice: each above the one before, and low enough to leave room for the others
+        # no timestep twice, where several round to one: each above the one before, and low enough
+        # to leave room for the others
         t = np.maximum.accumulate(t.round().astype(int) - number) + number
         t = np.minimum(t, last - number[::-1])
         t = t[::-1].tolist()
@@ -347,8 +350,9 @@ def denoise(settings, x, frames, evaluate, anchor=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# Anchored diffusion of rows. conditions: [conditional] or [conditional, unconditional], (B, slots,
-# D) each. We call each a branch.
+# Anchored diffusion of rows. A branch is the conditional or the unconditional evaluation;
+# `conditions` holds one tensor for each, (B, slots, D). `model`: an SDiT, one that is `Captured` on
+# a GPU, or an engine of export.py.
 
 
 def guided(outputs, guidance):
@@ -369,10 +373,11 @@ def run_model(function, x, t, c, *rest):
 @torch.no_grad()
 def sample_plain(model, x, frames, conditions, settings, anchor):
     """The paper's rule, the definition: all rows x (B, T, C, H, W) in one batch, so that memory
-    grows with the video: only tests use it so. With `anchor` None rows are independent.
+    grows with the video. Tests use it so; `--method independent` is it with `anchor` None.
 
-    Algorithm 1 overrides the anchor before each step, we at the start and after each step. Only
-    after the last step is there a difference, and there the rows' anchors are already alike."""
+    Algorithm 1 overrides the model's output for the anchor, then takes a step. Here the model
+    overrides in every layer, and the latents are overridden before the first and after every step.
+    As rows also share the anchor's noise (in Eq. 2 they need not), both are the same."""
 
     def evaluate(i, x, t):
         return guided([run_model(model, x, t, c, anchor) for c in conditions], settings.guidance)
@@ -768,7 +773,7 @@ def check_kind(paths, driving, wanted):
 
 def read_faces(asked, models, driving):
     """(source's crop or None, landmarks (M, 478, 3), square of the driving face)."""
-    number, source_number = (*asked.face, 0)[:2]
+    number, source_number = (*asked.face, 0) if len(asked.face) == 1 else asked.face
     picture, shape, faces = None, None, 0
     if asked.source:
         source = read_source(asked.source, models.landmarker, models.size, source_number)
@@ -998,7 +1003,10 @@ def arguments(given=None):
     add("--compare", action="store_true", help="also OUT-compare.mp4: source, driving, result")
     add("--engine", type=Path, help="folder that export.py made of the model: use its graphs")
     add("--device", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
-    return ap.parse_args(given)
+    a = ap.parse_args(given)
+    if len(a.face) > 2:
+        raise UserError("--face takes one number, or two: of the driving video, of the source")
+    return a
 
 
 def main():

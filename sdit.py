@@ -420,10 +420,11 @@ class SDiT(nn.Module):
         `self.mapping`. With `anchor`, a slot, all rows have one timestep, and rows 1.. take row 0's
         latents and conditioning in it; then its tokens, after the embedding and after every block
         (Eq. 3; "in all layers throughout the model architecture"). Returns (B, T, 2C, H, W): the
-        noise, then what `NoiseSchedule.log_variance` makes the learned sigma of."""
+        noise, then the learned sigma's weight between two log-variances, in -1..1: see
+        `NoiseSchedule.log_variance` and `sample.ddpm`."""
         time_position = self.time_position[: latents.shape[1]]  # (T, D)
         share_anchor = functools.partial(override, anchor=anchor)
-        return self.denoise(latents, timesteps, conditioning, time_position, share_anchor)
+        return self.run_blocks(latents, timesteps, conditioning, time_position, share_anchor)
 
     def forward_first(self, latents, timesteps, conditioning, anchor):
         """`forward` of row 0 alone, (1, T, ...): what it makes of its anchor is what all rows read.
@@ -432,7 +433,7 @@ class SDiT(nn.Module):
         (depth, 2, 1, heads, N, d)."""
         time_position = self.time_position[: latents.shape[1]]  # (T, D)
         bank = AnchorBank(anchor)
-        output = self.denoise(latents, timesteps, conditioning, time_position, bank=bank)
+        output = self.run_blocks(latents, timesteps, conditioning, time_position, bank=bank)
         return output, torch.stack(bank.written)
 
     def forward_rest(self, latents, timesteps, conditioning, anchor, anchor_kv):
@@ -443,9 +444,9 @@ class SDiT(nn.Module):
         before, after = self.time_position[:anchor], self.time_position[anchor + 1 : T]
         time_position = torch.cat([before, after])  # (T - 1, D)
         bank = AnchorBank(kv=anchor_kv)
-        return self.denoise(latents, timesteps, conditioning, time_position, bank=bank)
+        return self.run_blocks(latents, timesteps, conditioning, time_position, bank=bank)
 
-    def denoise(
+    def run_blocks(
         self, latents, timesteps, conditioning, time_position, share_anchor=lambda x: x, bank=None
     ):
         """The transformer, on frames in slots that are encoded by time_position (see `embed`). Rows

@@ -63,8 +63,8 @@ def arguments():
     add("--lambda-ex", positive, 1.0, "extra weight of lips and eyes")
     add("--drop", fraction, 0.1, "probability that a row loses scene and landmarks")
 
-    # optimisation; paper silent on warm-up and average: none, and DiT's decay. Weight decay is
-    # PyTorch's default (paper D: "default parameter values"); DiT has 0.
+    # optimisation; paper silent on warm-up and average: none, and DiT's decay, reached gradually.
+    # Weight decay is PyTorch's default (paper D: "default parameter values"); DiT has 0.
     add("--steps", count, 1_000_000, "of the whole run")
     add("--batch", count, 16, "rows a step, over all processes")
     add("--lr", positive, 6.4e-5, "largest learning rate; cosine to 0")
@@ -136,8 +136,9 @@ def variational_bound(schedule, x0, xt, predicted, variance_mix, t):
 
 
 def diffusion_loss(model, schedule, batch, t, noise, drop, lambda_ex=1.0):
-    """(weighted squared error (B,), bound (B,)); their sum is minimised. batch: of `data.Rows`. t
-    (B,): one for all frames of a row (paper silent). drop (B,): rows that lose their conditions."""
+    """(weighted squared error (B,), bound (B,)); their sum is minimised, as Improved DDPM's 0.001
+    times 1000 steps is 1. batch: of `data.Rows`. t (B,): one for all frames of a row (paper
+    silent). drop (B,): rows that lose their conditions."""
     x0 = batch["latents"]
     xt = schedule.add_noise(x0, noise, t)
     conditioning = model.mapping(batch["scene"], batch["landmarks"], drop)  # (B, T, D)
@@ -146,7 +147,7 @@ def diffusion_loss(model, schedule, batch, t, noise, drop, lambda_ex=1.0):
 
     # paper 4.1: "expressive landmark pixels are assigned a weight of (1 + lambda_ex)"; paper
     # silent: not divided by the sum of the weights
-    weight = 1 + lambda_ex * batch["mask"][:, :, None]  # (B, T, 1, H, W)
+    weight = 1 + lambda_ex * batch["mask"][:, :, None]  # (B, T, 1, H, W), fractional at edges
     error = (weight * (predicted - noise) ** 2).flatten(1).mean(1)  # (B,)
     if model.config.prediction == "v":
         # (predicted - noise)^2 = alpha_bar * (v's error)^2: divided, it is the error of v
@@ -167,8 +168,8 @@ class Objective(nn.Module):
 
 
 def sample_noise(seed, step, shape, p_drop, device="cpu"):
-    """A function of (seed, step) alone, for each kind of device: timesteps (B,), uniform over
-    0..999; noise of `shape` (B, ...); drop (B,), true with probability `p_drop`."""
+    """Of all rows of a step: timesteps (B,), uniform over 0..999; noise of `shape` (B, ...); drop
+    (B,), true with probability `p_drop`. Seed, step and the kind of device decide them."""
     g = torch.Generator(device).manual_seed(seed * 1_000_003 + step)  # apart for 1,000,003 steps
     of = dict(generator=g, device=device)
     t = torch.randint(NoiseSchedule.steps, shape[:1], **of)
@@ -190,8 +191,8 @@ def build_optimizer(model, lr, mapping_lr, weight_decay):
 
 
 def learning_rate(step, steps, warmup):
-    """Factor of both learning rates: cosine from the first step to 0 at the last (paper 4.1), times
-    a linear warm-up."""
+    """Factor of both learning rates: cosine, which would reach 0 one step after the last (paper
+    4.1), times a linear warm-up."""
     return min(1, (step + 1) / max(1, warmup)) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
@@ -320,8 +321,9 @@ def load_batches(rows, a, start, passes, device):
 
 
 def train(a, rows):
-    """Rows, noise and timesteps are functions of (seed, step) alone. So the result does not depend,
-    but for rounding, on the number of processes, and a run that was stopped goes on exactly."""
+    """Seed and step alone decide rows, noise and timesteps, on one kind of device. So the result
+    does not depend, but for rounding, on the number of processes, and a stopped run goes on
+    exactly."""
     device = start_processes()
     a.precision = a.precision or ("bf16" if sdit.has_bf16(device.type) else "fp32")
     a.recipe = {name: getattr(a, name) for name in RECIPE}
@@ -354,8 +356,7 @@ def train(a, rows):
                 batch = next(batches)
                 t, noise, drop = (x[part] for x in sampled)
 
-                # processes average their gradients after the last pass, as with no_sync()
-                objective.require_backward_grad_sync = part == passes[-1]
+                objective.require_backward_grad_sync = part == passes[-1]  # as DDP.no_sync() does
                 with autocast:
                     error, bound = objective(batch, t, noise, drop)
                 ((error + bound).mean() / a.accumulate).backward()
@@ -400,7 +401,7 @@ class Run:
             )
 
     def log_and_save(self, step):
-        """Where it is time to."""
+        """Where --log-every or --save-minutes say so, at a signal, and at the end."""
         log, save = self.decide(step)
         if log:
             self.log(step)
@@ -408,14 +409,15 @@ class Run:
             self.save(step)
 
     def decide(self, step):
-        """(log, save): whether to, after `step` steps; sets `stopping` at a signal. Processes ask
-        each other every ten steps. UserError where loss or gradient are not finite."""
+        """(log, save): whether to, after `step` steps; sets `stopping` at a signal. Processes
+        communicate at every tenth step, and where they log or save. UserError where loss or
+        gradient are not finite."""
         a = self.a
         log = step % a.log_every == 0
         save = step == a.steps or a.save_minutes == 0
         idle = self.saver.writing.done()
         due = idle and time.monotonic() - self.saved_at >= a.save_minutes * 60
-        asking = step % 10 == 0 if a.world > 1 else self.signals or due
+        asking = step % 10 == 0 if a.world > 1 else bool(self.signals) or due
         if not (log or save or asking):
             return False, False
 
@@ -505,8 +507,7 @@ class Saver(ThreadPoolExecutor):
     @torch.no_grad()
     def save(self, step, model, ema, optimizer, recipe):
         self.writing.result()  # or raises what went wrong
-        largest = torch.stack(torch._foreach_norm(list(model.parameters()), math.inf)).max()
-        if not largest < 1e10:  # nor nan
+        if not nn.utils.get_total_norm(model.parameters(), math.inf) < 1e10:  # nor nan
             raise UserError(f"the weights have no sensible size after step {step}; {NOTHING_SAVED}")
 
         networks = dict(model=model, ema=ema, optimizer=optimizer)
@@ -576,9 +577,9 @@ def load_state(out, model, ema, optimizer, recipe):
         return 0
 
     state = read_state(path)
-    saved, recipe = state["recipe"], dataclasses.asdict(model.config) | recipe
-    means = [r.pop("scene_mean") for r in (saved, recipe)]
-    changed = [f"{k} ({saved.get(k)}, now {v})" for k, v in recipe.items() if v != saved.get(k)]
+    saved, settings = state["recipe"], dataclasses.asdict(model.config) | recipe
+    means = [s.pop("scene_mean") for s in (saved, settings)]
+    changed = [f"{k} ({saved.get(k)}, now {v})" for k, v in settings.items() if v != saved.get(k)]
     # another processor rounds differently
     if len(means[0]) != len(means[1]) or not all(abs(x - y) < 1e-4 for x, y in zip(*means)):
         changed.append("data")
@@ -642,11 +643,8 @@ def plot(run):
     """RUN/log.png of RUN/log.jsonl: loss by quarter of t, learning rate, rows a second."""
     from matplotlib.figure import Figure
 
-    entries = {}
-    for line in data.read_text(run / "log.jsonl").splitlines():
-        with contextlib.suppress(ValueError):  # the last line of a run that was killed
-            entry = json.loads(line)
-            entries[entry["step"]] = entry  # after a resume, steps come again
+    # after a resume, steps come again: the later ones count
+    entries = {entry["step"]: entry for entry in data.read_lines([run / "log.jsonl"])}
     if not entries:
         raise UserError(f"{run / 'log.jsonl'} has no line of train.py yet")
     steps = sorted(entries)

@@ -148,7 +148,7 @@ BAD = [*(("sample", [*NEW, *given]) for given in (
        *(("data", ["--out", "new", *given]) for given in (
            [], ["none"], ["nothing"], ["good.mp4"], ["bad"], ["videos"], ["videos", "--size", "7"], ["videos", "--size", "-64"], ["videos", "--autoencoder", "torn.safetensors"],
            ["videos", "--autoencoder", "wide.safetensors"], ["videos", "--clip", "autoencoder.safetensors"], ["videos", "--clip", "torn.safetensors"],
-           ["videos", "--out", "good.mp4"], ["videos", "--out", "cache-torn"], ["--bench", "--out", "cache-list"])),
+           ["videos", "--out", "good.mp4"], ["videos", "--out", "cache-torn"])),
        *(("train", [*TINY, "--out", "new", *given]) for given in (
            ["--data", "none"], ["--data", "cache-torn"], ["--data", "cache-old"], ["--data", "cache-list"], ["--data", "cache-gone"], ["--data", "a:0"], ["--lr", "nan"],
            ["--ema", "nan"], ["--drop", "2"], ["--batch", "0"], ["--size", "XXL/3"], ["--frames", "-1"], ["--out", "good.mp4"], ["--data", "cache-gone", "--init", "junk.pt"])),

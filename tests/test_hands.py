@@ -379,7 +379,7 @@ def test_only_what_the_clip_is_to_blame_for_is_final(tmp_path):
 # Numbers and small words
 
 @pytest.mark.parametrize("script, given", [(train, ["--lr", "nan"]), (train, ["--ema", "nan"]), (train, ["--drop", "2"]), (train, ["--lr", "-1"]), (train, ["--steps", "1e3"]),
-                                           (train, ["--seed", str(10 ** 30)]), (sample, ["--guidance", "1e38"]), (sample, ["--guidance", "inf"]), (sample, ["--face", "-1"]),
+                                           (train, ["--seed", str(10 ** 30)]), (sample, ["--guidance", "1e38"]), (sample, ["--guidance", "inf"]), (sample, ["--face", "-1"]), (sample, ["--face", "0", "1", "2"]),
                                            (sample, ["--seed", "-1"]), (sample, ["--method", "best"]), (curate, ["run", "--min-clip", "nan"]), (curate, ["run", "--test", "2"]),
                                            (curate, ["run", "--size", "0"]), (evaluate, ["same", "--n", "0"]), (data, ["--size", "-64"]), (data, ["--nonsense"])])
 def test_silly_numbers_are_refused(script, given, monkeypatch, capsys):
