@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -82,11 +83,25 @@ def render_face(folder, i):
             Image.fromarray(picture).save(temporary)
 
 
+@contextmanager
+def ending(pool, children=()):
+    """The pool; where this process is interrupted, tasks that have not begun are dropped, and the
+    `children` that others wait for are ended."""
+    with pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in children:
+                child.terminate()
+            raise
+
+
 def render_all(jobs):
     """Call render(*arguments, i) for i below n, {(render, *arguments): n}, on every core."""
     load_world()
     spawn, tasks = multiprocessing.get_context("spawn"), []
-    with ProcessPoolExecutor(os.cpu_count(), spawn, data.end_with_parent) as pool:
+    with ending(ProcessPoolExecutor(os.cpu_count(), spawn, data.end_with_parent)) as pool:
         for (render, *arguments), n in jobs.items():
             Path(arguments[0]).mkdir(parents=True, exist_ok=True)
             tasks += [pool.submit(render, *arguments, i) for i in range(n)]
@@ -675,6 +690,7 @@ def run_all(a):
     """The whole evaluation on the demo's world: its parts, each a command, two at a time on a CPU,
     where two processes of one thread are faster than one of two."""
     scripts, lanes = Path(__file__).parents[1], 1 if torch.cuda.is_available() else 2
+    children = []
     render_world(a, more=True)
 
     root, cache = a.out / "world", a.out / "cache" / "faces"
@@ -685,13 +701,14 @@ def run_all(a):
     def run(script, *arguments):
         command = list(map(str, [sys.executable, scripts / script, *arguments]))
         env = os.environ | dict(OMP_NUM_THREADS=str(max(1, os.cpu_count() // lanes)))
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
-        said = [
-            line for line in done.stderr.splitlines() if "left out:" in line or "error:" in line
-        ]
-        tqdm.write("\n".join([done.stdout.strip(), *said]))
-        if done.returncode:
-            a.left_out.append(f"{arguments[0]}: exit code {done.returncode}")
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        child = subprocess.Popen(command, env=env, **pipes)
+        children.append(child)
+        out, err = child.communicate()
+        said = [line for line in err.splitlines() if "left out:" in line or "error:" in line]
+        tqdm.write("\n".join([out.strip(), *said]))
+        if child.returncode:
+            a.left_out.append(f"{arguments[0]}: exit code {child.returncode}")
 
     def run_guidance():
         if not (cache / "index.json").exists():
@@ -706,7 +723,7 @@ def run_all(a):
     parts = [[run_guidance], [run_part, "length", *few], [run_part, "long"]]
     parts += [[run_part, "ablation", "--n", min(a.n, 16)], [run_part, "same", "--n", a.n]]
     parts += [[run_part, "cross", "--n", a.n], [run_part, "scenes", *many], [run_part, "figures"]]
-    with ThreadPoolExecutor(lanes) as pool:  # the longest first
+    with ending(ThreadPoolExecutor(lanes), children) as pool:  # the longest first
         tasks = [pool.submit(*part) for part in parts]
         for task in tqdm(as_completed(tasks), "parts", len(tasks), unit="part", disable=None):
             task.result()
