@@ -364,8 +364,8 @@ def test_the_whole_evaluation_runs_every_part(tmp_path, monkeypatch):
         with lock:
             monkeypatch.setattr("sys.argv", [script, *rest])
             seen.append((script, rest[0], evaluate.arguments() if script == "evaluate.py" else data.arguments()))
-        return type("", (), dict(stdout="a table", stderr="left out: x: no face\n", returncode=int(rest[0] == "scenes")))
-    monkeypatch.setattr(experiments.subprocess, "run", started)
+        return type("", (), dict(communicate=lambda: ("a table", "left out: x: no face\n"), returncode=int(rest[0] == "scenes")))
+    monkeypatch.setattr(experiments.subprocess, "Popen", started)
     monkeypatch.setattr(experiments, "render_world", lambda a, more: None)
     (tmp_path / "same.json").write_text(json.dumps(dict(name="same", markdown="**A table**", picture=None, model="0" * 64)))
     code, errors = run(tmp_path, "all", "--guidance", "1.5")
@@ -374,6 +374,43 @@ def test_the_whole_evaluation_runs_every_part(tmp_path, monkeypatch):
     assert sorted(commands) == ["ablation", "cross", "figures", "guidance", "length", "long", "same", "scenes"]
     assert all(a.guidance == 1.5 and a.steps == 1 for script, _, a in seen if script == "evaluate.py")
     assert [script for script, *_ in seen].index("data.py") < commands.index("guidance") + 2 and (tmp_path / "report.md").exists()
+
+
+def test_an_interrupted_evaluation_ends_its_parts(tmp_path, monkeypatch):
+    """No part goes on alone, and none is begun."""
+    begun, interrupted = [], threading.Event()
+
+    class Part:
+        returncode = -15
+
+        def __init__(self, command, **_):
+            begun.append(self)
+            self.ended = threading.Event()
+            if len(begun) == 2:
+                interrupted.set()
+
+        def communicate(self):
+            assert self.ended.wait(20), "nobody ended it"
+            return "", ""
+
+        def terminate(self):
+            self.ended.set()
+
+    def wait(tasks):
+        assert interrupted.wait(20)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(experiments.subprocess, "Popen", Part)
+    monkeypatch.setattr(experiments, "as_completed", wait)
+    monkeypatch.setattr(experiments, "render_world", lambda a, more: None)
+    monkeypatch.setattr(evaluate, "attribute_nets", lambda a: {})
+    (tmp_path / "cache" / "faces").mkdir(parents=True)
+    (tmp_path / "cache" / "faces" / "index.json").write_text("{}")
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "all", "--out", str(tmp_path)])
+    a = evaluate.arguments()
+    a.left_out = []
+    with pytest.raises(KeyboardInterrupt):
+        experiments.run_all(a)
+    assert len(begun) == 2 and all(part.ended.is_set() for part in begun)
 
 
 def test_denoisers_with_less_see_less(tmp_path):
