@@ -148,7 +148,7 @@ class Rows(torch.utils.data.Dataset):
             count = min(math.ceil(clips * share), len(there))
             for i in np.linspace(0, len(there) - 1, count).astype(int):
                 clip = self._open(cache, there[i])
-                points.append(clip.get_tensor("landmarks")[::4].flatten(1).float())  # enough
+                points.append(clip.get_tensor("landmarks")[::4].flatten(1).float())
                 scenes.append(clip.get_tensor("scene").float())
 
         points = torch.cat(points).double()  # (frames, 1434); float32 mixes axes of like variance
