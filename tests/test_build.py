@@ -14,7 +14,7 @@ import sdit
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("build")
     recipe = build.Recipe(folder=folder, clips=6, more=1, frames=5, paintings=2, render=72, size=64, autoencoder_clips=6, clip_clips=6, autoencoder_steps=4,
-                          clip_steps=2, unseen=4, processes=1, runs=((1, 3, 2, 1e-3), (2, 2, 2, 1e-3)))
+                          clip_steps=2, unseen=4, processes=1, runs=((1, 3, 2, 1e-3, 0), (2, 2, 2, 1e-3, 0.15)))
     for part, _ in build.PARTS.values():
         part(recipe)
     return recipe
@@ -47,3 +47,27 @@ def test_channels_of_latents_are_alike(built):
     assert latents.mean((0, 2, 3)).abs().max() < 0.05
     assert (latents.std((0, 2, 3)) - 1).abs().max() < 0.05
     assert (after.decode(latents) - before.decode(before.encode(pictures))).abs().max() < 0.02
+
+
+def test_captions_lie_where_their_pictures_do(built):
+    """The mean distance of captions from pictures is the least that a linear projection can reach."""
+    pixels, = build.load_clips(6, built.folder, "pixels")
+    people = [build.world.sample_face(np.random.default_rng(seed)) for seed in range(6)]
+    captions = [build.world.caption(person) for person in people]
+    gaps = []
+    for name in ("-unfinished", ""):
+        encoder = data.SceneEncoder(built.folder / f"clip{name}.safetensors")
+        images = encoder.images(data.to_tensor(pixels[:, 0]))
+        gaps.append(float((images - encoder.texts(captions)).square().sum(1).mean()))
+    assert gaps[1] < 0.5 * gaps[0], gaps
+
+
+def test_described_clips_have_captions_for_pictures(built):
+    pictures, described = (data.Rows(built.folder / f"{name}cache", 2) for name in ("", "described-"))
+    assert len(described.names[0]) == 3                                         # of 7 clips: 0, 3, 6
+    encoder = data.SceneEncoder(built.folder / "clip.safetensors")
+    caption = encoder.texts([build.world.caption(build.world.sample_face(np.random.default_rng(3)))])[0]
+    tensors = [sdit.read_tensors(built.folder / f"{name}cache" / described.names[0][1])[0] for name in ("", "described-")]
+    assert (tensors[1]["scene"][0].float() - caption).abs().max() < 1e-2
+    assert not torch.equal(tensors[0]["scene"], tensors[1]["scene"])
+    assert torch.equal(tensors[0]["latent"], tensors[1]["latent"])
