@@ -871,7 +871,7 @@ def arguments():
     add("--steps", type=steps, default=default.steps, help="denoising steps")
     weight = number(float, -100, 100)
     add("--guidance", type=weight, default=default.guidance, help="classifier-free guidance weight")
-    add("--train-steps", type=count, default=6000, help="of `guidance`: steps of each denoiser")
+    add("--train-steps", type=count, default=4000, help="of `guidance`: steps of each denoiser")
     add("--size", default="demo", help="of `guidance`: the denoisers' (paper: B/4)")
     kinds = dict(choices=("epsilon", "v"), default="v")
     add("--prediction", **kinds, help="of `guidance`: what the denoisers predict")

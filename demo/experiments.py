@@ -40,7 +40,7 @@ from sdit import NoiseSchedule, UserError
 # --------------------------------------------------------------------------------------------------
 # Test sets. Their seeds are unseen in training
 
-WORLD = 192  # pixels of rendered frames
+WORLD = 144  # pixels of rendered frames, a little more than the model sees
 FACES = 2500  # people, one picture each, for probes and denoisers
 FACES_SEED, SCENES_SEED, LONG_SEED = 2_500_000, 3_000_000, 3_500_000
 

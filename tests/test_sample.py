@@ -452,3 +452,11 @@ def test_retargeting_takes_proportions_halfway_and_keeps_the_motion():
     made = sample.retargeted(driving, source)
     assert abs(made - halfway).mean() < 0.2 * abs(driving - halfway).mean()     # not exact: size and turn are fitted to another shape
     np.testing.assert_allclose(sample.retargeted(driving, 40 * shape @ other.T + 100), driving, atol=1e-4)         # its own shape changes nothing
+
+
+def test_where_the_device_multiplies_in_bfloat16_the_sdit_does(monkeypatch):
+    for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(sdit, "has_bf16", lambda device: has)
+        model = sample.load_models().sdit
+        assert {p.dtype for p in model.blocks.parameters()} == {dtype}
+        assert {p.dtype for p in model.mapping.parameters()} == {torch.float32}  # landmarks would move by pixels
