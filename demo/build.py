@@ -63,7 +63,7 @@ class Recipe:
     unseen: int = 1200  # faces that CLIP is tested on
     processes: int = 2 if device == "cpu" and os.cpu_count() > 1 else 1  # of the sDiT's training
     # of the sDiT: frames, steps, rows a step, learning rate, share of rows with a caption's vector
-    runs: tuple = ((4, 25_585, 512, 2e-3, 0), (4, 25_000, 512, 1e-3, 0.15))
+    runs: tuple = ((4, 25_585, 512, 2e-3, 0), (4, 26_946, 512, 1e-3, 0.15))
 
     @property
     def originals(self):
