@@ -643,8 +643,8 @@ class Models:
 
 def load_models(path=MODEL, device=None, engine=None):
     """The Models of a file by train.py; `engine`: a folder that export.py made of it. Where the
-    device multiplies in bfloat16, the SDiT is in it (a CPU is 2.4 times as fast so), but for the
-    mapping network: there landmarks would move by whole pixels."""
+    device multiplies in bfloat16, the SDiT is in it, but for the mapping network: there landmarks
+    would move by whole pixels."""
     device, model = data.get_device(device), sdit.load_model(path)
     mapping, config = model.mapping, model.config
     if engine:

@@ -50,7 +50,7 @@ def test_channels_of_latents_are_alike(built):
 
 
 def test_captions_lie_where_their_pictures_do(built):
-    """The mean distance of captions from pictures is the least that a linear projection can reach."""
+    """Nearer than contrast alone has brought them."""
     pixels, = build.load_clips(6, built.folder, "pixels")
     people = [build.world.sample_face(np.random.default_rng(seed)) for seed in range(6)]
     captions = [build.world.caption(person) for person in people]
