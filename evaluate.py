@@ -17,6 +17,7 @@ with the reason; clips that cannot be measured are named, and the exit code is 1
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import sys
@@ -37,6 +38,7 @@ import sdit
 from sdit import LANDMARKS, NoiseSchedule, UserError
 
 DEMO = Path(__file__).resolve().parent / "demo"
+sys.path.append(str(DEMO))  # for experiments.py
 PIXELS = 256  # LMSE is in pixels of a crop of this width (paper silent; its values fit)
 
 # --------------------------------------------------------------------------------------------------
@@ -421,7 +423,7 @@ def read_crops(path, tracked, driving, frames, size):
         raise UserError(f"{path} has {len(video)} frames, the driving video {len(driving)}")
     made_here = path != driving.path and sample.made_here(path)
     shape, crops = next(iter(driving)).shape, {}
-    for f, image in enumerate(video):
+    for f, image in enumerate(itertools.islice(video, max(frames) + 1)):
         if f not in frames:
             continue
         if image.shape == shape and not made_here:
@@ -439,12 +441,15 @@ def read_case(files, models, M, seed, fps=None):
     path, video = files.driving, data.Video(files.driving)
     every = max(1, round(video.fps / fps)) if fps else 1
     span = (M - 1) * every + 1
-    if len(video) <= span:
-        raise UserError(f"{path} has {len(video)} frames; {M} and a source need {span + 1}")
+    needed = span if files.source else span + 1
+    if len(video) < needed:
+        source = "" if files.source else " and a source"
+        raise UserError(f"{path} has {len(video)} frames; {M}{source} need {needed}")
     tracked = track(path, models.landmarker)
     after = len(video) - span
     first = int(np.random.default_rng(seed).integers(0, after + 1))
     chosen = list(range(first, first + span, every))
+    # the source: the end of the clip that is further from these, as in training
     furthest = 0 if first >= after - first else len(video) - 1
 
     size = PIXELS if files.result else models.size
@@ -602,7 +607,7 @@ def with_interval(values, digits=2):
     return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
 
-def write_result(a, name, markdown, picture=None, with_model=True, **details):
+def write_result(a, name, markdown, picture=None, **details):
     """OUT/NAME.json: a result for `report`, with every setting."""
     packages = ("torch", "mediapipe", "torch-fidelity", "scikit-learn", "open_clip_torch")
     about = dict(
@@ -610,7 +615,7 @@ def write_result(a, name, markdown, picture=None, with_model=True, **details):
         markdown=markdown,
         picture=picture,
         settings={k: v for k, v in vars(a).items() if k != "left_out"},
-        model=data.sha256(a.model) if with_model else None,
+        model=data.sha256(a.model),
         sampler=sample.Settings.sampler,
         versions={package: metadata.version(package) for package in packages},
         left_out=a.left_out,
@@ -847,14 +852,15 @@ COMMANDS = dict(
     cross=functools.partial(table1, same=False),
     length=length,
 )
-EXPERIMENTS = "pairs world long ablation scenes guidance figures report all".split()
 
 
 def arguments():
+    import experiments
+
     ap = data.Parser(__doc__)
     add, number, default = ap.add_argument, data.number, sample.Settings
     count = number(int, 1)
-    add("command", choices=[*COMMANDS, *EXPERIMENTS])
+    add("command", choices=[*COMMANDS, *experiments.COMMANDS])
     add("folders", type=Path, nargs="*", help="of `pairs`: clips and pictures")
     add("--out", type=Path, default=Path("evaluation"))
     add("--model", type=Path, default=DEMO / "sdit.safetensors")
@@ -885,11 +891,10 @@ def arguments():
 
 
 def main():
-    a = arguments()
-    a.left_out = []  # why clips could not be measured
-    sys.path.insert(0, str(DEMO))
     import experiments
 
+    a = arguments()
+    a.left_out = []  # why clips could not be measured
     with data.owned(a.out / a.command):
         (COMMANDS | experiments.COMMANDS)[a.command](a)
     if a.left_out:
@@ -897,4 +902,6 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run_main(main)
+    import evaluate  # by this name experiments.py knows it: one copy, which loads models once
+
+    data.run_main(evaluate.main)

@@ -17,7 +17,6 @@ side of a patch, M frames of a whole video, S width of the scene vector, 478 lan
 import contextlib
 import dataclasses
 import errno
-import functools
 import json
 import math
 import os
@@ -79,10 +78,6 @@ class SDiTConfig:
     prediction: str = "epsilon"  # or "v", see `SDiT.predict_noise`
     # mean scene vector of the training set, (S,): train.py recognises the data by it
     scene_mean: list = dataclasses.field(default_factory=list)
-
-    def __post_init__(self):
-        if self.prediction not in ("epsilon", "v"):
-            raise UserError(f"no prediction {self.prediction!r}; choose epsilon or v")
 
     @property
     def tokens(self):
@@ -293,9 +288,9 @@ class Mapping(nn.Module):
         self.register_buffer("scene_mean", torch.zeros(scene_width))
         self.register_buffer("scene_gain", torch.tensor(LANDMARK_COMPONENTS**0.5))
 
-        # Before training C_t varies by about 1. This brings it to what the embedded timestep, to
-        # which it is added, varies by: two layers of 0.02, SiLU's slope 1 / 2, and the 96 of 128
-        # waves that pass a radian within 1000 steps. (The others hardly vary.)
+        # Before training C_t varies by about 1, and the embedded timestep, to which it is added, by
+        # this much: 0.02 sqrt(96) from its first layer (96 of 128 frequencies pass a radian within
+        # 1000 steps), times 1 / 2 (SiLU's slope at 0), times 0.02 sqrt(D) from its second.
         self.register_buffer("output_gain", torch.tensor(0.02**2 / 2 * math.sqrt(96 * width)))
 
     def forward(self, scene=None, landmarks=None, drop=None):
@@ -330,8 +325,8 @@ class Mapping(nn.Module):
 
 
 def override(x, anchor, axis=1):
-    """Eq. 3: the anchor's slot of every row becomes that of row 0. x (B, T, ...), T on `axis`;
-    `anchor` a slot, or None for no anchoring."""
+    """Eq. 3: the anchor's slot of every row becomes that of row 0. x has rows on its first axis and
+    slots on `axis`; `anchor` is a slot, or None for no anchoring."""
     if anchor is None:
         return x
     slots = torch.arange(x.shape[axis], device=x.device).view(-1, *[1] * (x.dim() - axis - 1))
@@ -399,7 +394,8 @@ class SDiT(nn.Module):
         return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
     def predict_noise(self, output, latents, timesteps):
-        """The noise that the network's output (B, T, 2C, H, W) stands for; its other half stays.
+        """The network's output (B, T, 2C, H, W) with its first half turned into noise; the second
+        half, the learned sigma, stays.
 
         The paper's network predicts the noise eps, as DiT does. With v-prediction (Salimans and Ho
         2022) it predicts v = sqrt(abar) eps - sqrt(1 - abar) x_0, and so eps is sqrt(1 - abar) x_t
@@ -423,8 +419,9 @@ class SDiT(nn.Module):
         noise, then the learned sigma's weight between two log-variances, in -1..1: see
         `NoiseSchedule.log_variance` and `sample.ddpm`."""
         time_position = self.time_position[: latents.shape[1]]  # (T, D)
-        share_anchor = functools.partial(override, anchor=anchor)
-        return self.run_blocks(latents, timesteps, conditioning, time_position, share_anchor)
+        return self.run_blocks(
+            latents, timesteps, conditioning, time_position, lambda x: override(x, anchor)
+        )
 
     def forward_first(self, latents, timesteps, conditioning, anchor):
         """`forward` of row 0 alone, (1, T, ...): what it makes of its anchor is what all rows read.
@@ -441,8 +438,8 @@ class SDiT(nn.Module):
         (B, T - 1, D), and `anchor_kv` of `forward_first` at the same timestep -> (B, T - 1, 2C, H,
         W). `AnchorBank` says why the result is the same."""
         T = latents.shape[1] + 1
-        before, after = self.time_position[:anchor], self.time_position[anchor + 1 : T]
-        time_position = torch.cat([before, after])  # (T - 1, D)
+        time_position = self.time_position  # (T, D)
+        time_position = torch.cat([time_position[:anchor], time_position[anchor + 1 : T]])
         bank = AnchorBank(kv=anchor_kv)
         return self.run_blocks(latents, timesteps, conditioning, time_position, bank=bank)
 
@@ -776,9 +773,10 @@ def check_fit(model, tensors, path):
 
 
 def fill(model, tensors, path):
-    """Give `model` the weights `tensors` read from `path`, in the model's precision."""
+    """`model` with the weights `tensors` read from `path`, in the model's precision."""
     check_fit(model, tensors, path)
     model.load_state_dict(tensors)
+    return model
 
 
 def build(network, tensors, path):
@@ -791,9 +789,7 @@ def build(network, tensors, path):
         reason = f"{path} is not a model of ours: its sizes do not go together ({e})"
         raise UserError(reason) from None
     check_fit(outline, tensors, path)
-    model = network()
-    model.load_state_dict(tensors)
-    return model
+    return fill(network(), tensors, path)
 
 
 # The largest sizes of a configuration that are believed; 2**16 for others
@@ -818,10 +814,13 @@ def is_like(value, like, name=""):
 def check_config(config_class, config, path):
     """The configuration in a file, of known kinds and sizes."""
     good = is_like(config, vars(config_class()))
-    config = config_class(**config)
+    config = good and config_class(**config)
     if good and config_class is SDiTConfig:
         good = config.width % config.heads == 0 and config.latent_size % config.patch == 0
-    if not good or not 1 <= len(getattr(config, "widths", [1])) <= 8:
+        good = good and config.prediction in ("epsilon", "v")
+    elif good:
+        good = 1 <= len(config.widths) <= 8
+    if not good:
         raise UserError(
             f"{path} is not a model of ours: its configuration holds what none can have"
         )

@@ -69,7 +69,7 @@ def render_pair(root, i):
     write_video(truth, world.render_clip(person, motion, WORLD))
 
 
-def render_clip(folder, seed, frames, i):
+def render_sample(folder, seed, frames, i):
     path = folder / f"{i:04d}.mp4"
     if not path.exists():
         write_video(path, load_world().sample_clip([seed, i], frames, WORLD)[0])
@@ -118,8 +118,8 @@ def render_world(a, more=False):
         (root / folder).mkdir(parents=True, exist_ok=True)
     jobs = {(render_pair, root): a.n, (render_face, root / "faces"): FACES}
     if more:
-        jobs[render_clip, root / "many", SCENES_SEED, 32] = 128
-        jobs[render_clip, root / "long", LONG_SEED, LONGEST + 1] = 3
+        jobs[render_sample, root / "many", SCENES_SEED, 32] = 128
+        jobs[render_sample, root / "long", LONG_SEED, LONGEST + 1] = 3
     render_all(jobs)
 
     names = [f"{i:04d}" for i in range(a.n)]
@@ -219,7 +219,9 @@ def long(a, lengths=(48, 96, 240, LONGEST)):
     driving frame is to the driving anchor. A fall-back is a frame whose excess is far from the
     mean; a period shows in the excess's autocorrelation."""
     files = evaluate.list_videos(a.clips or a.out / "world" / "long")
-    files = {name: evaluate.Files(path) for name, path in files.items()}
+    longest = max(len(data.Video(path)) for path in files.values())
+    lengths = [M for M in lengths if M < longest] or [longest - 1]
+    files = {name: evaluate.Files(path) for name, path in list(files.items())[: a.n]}
     nets, T = evaluate.attribute_nets(a), evaluate.load_models(a.model).sdit.config.frames
     rows, curves = [], {}
     for M in lengths:
@@ -515,19 +517,21 @@ def denoising_errors(model, rows, signals, times, seed, n):
     """Mean squared error of the noise (n, len(times)) on n held-out rows; every model gets the
     same noise."""
     device = model.x_embedder.proj.weight.device
-    one, schedule = torch.utils.data.default_collate([rows[i] for i in range(n)]), NoiseSchedule()
-    one, errors = keep_signals(one, signals), []
+    batch, schedule = torch.utils.data.default_collate([rows[i] for i in range(n)]), NoiseSchedule()
+    batch, errors = keep_signals(batch, signals), []
     for time in times:
         generator = torch.Generator().manual_seed(seed + time)
-        noise, t = torch.randn(one["latents"].shape, generator=generator), torch.full((n,), time)
-        xt, error = schedule.add_noise(one["latents"], noise, t), []
+        noise, t = torch.randn(batch["latents"].shape, generator=generator), torch.full((n,), time)
+        xt, parts = schedule.add_noise(batch["latents"], noise, t), []
         for k in torch.arange(n).split(32):
             given = [
-                None if one[x] is None else one[x][k].to(device) for x in ("scene", "landmarks")
+                None if batch[x] is None else batch[x][k].to(device) for x in ("scene", "landmarks")
             ]
-            output = model(xt[k].to(device), t[k].to(device), model.mapping(*given)).float()
-            error.append((output.cpu().chunk(2, 2)[0] - noise[k]).square().flatten(1).mean(1))
-        errors.append(torch.cat(error).numpy())
+            # the network may be in bfloat16, its mapping never is
+            conditioning = model.mapping(*given).to(model.position.dtype)
+            output = model(xt[k].to(device), t[k].to(device), conditioning).float()
+            parts.append((output.cpu().chunk(2, 2)[0] - noise[k]).square().flatten(1).mean(1))
+        errors.append(torch.cat(parts).numpy())
     return np.stack(errors, 1)
 
 
@@ -706,19 +710,24 @@ def run_all(a):
         children.append(child)
         out, err = child.communicate()
         said = [line for line in err.splitlines() if "left out:" in line or "error:" in line]
-        tqdm.write("\n".join([out.strip(), *said]))
         if child.returncode:
+            said = said or err.splitlines()[-3:]  # of a traceback
             a.left_out.append(f"{arguments[0]}: exit code {child.returncode}")
+        tqdm.write("\n".join([out.strip(), *said]))
 
     def run_guidance():
         if not (cache / "index.json").exists():
-            run("data.py", root / "faces", "--out", cache)
+            config, size = models.sdit.config, models.size
+            clip = data.find_weights(config.clip, config.clip_sha256, a.model)
+            vae = data.find_weights(config.autoencoder, config.autoencoder_sha256, a.model)
+            weights = "--autoencoder", vae, "--clip", clip, "--size", size
+            run("data.py", root / "faces", "--out", cache, *weights)
         run("evaluate.py", "guidance", "--data", cache, *given)
 
     def run_part(command, *arguments):
         run("evaluate.py", command, *given, *arguments)
 
-    evaluate.attribute_nets(a)  # which all parts share
+    models, _ = evaluate.load_models(a.model), evaluate.attribute_nets(a)  # which all parts share
     few, many = ("--n", min(a.n, 30)), ("--clips", root / "many", "--n", 128)
     parts = [[run_guidance], [run_part, "length", *few], [run_part, "long"]]
     parts += [[run_part, "ablation", "--n", min(a.n, 16)], [run_part, "same", "--n", a.n]]

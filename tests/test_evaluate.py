@@ -251,6 +251,14 @@ def test_missing_and_wrong_weights(tmp_path):
         evaluate.find_network("koniq_pretrained.pkl", tmp_path)
 
 
+def test_hyperiqa_is_read_from_a_file(tmp_path, monkeypatch):
+    net, path = evaluate.HyperIQA().eval(), tmp_path / "koniq_pretrained.pkl"
+    torch.save(net.state_dict(), path)
+    monkeypatch.setitem(evaluate.NETWORKS, path.name, ("https://x", data.sha256(path)))
+    image = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
+    assert evaluate.load_hyperiqa(tmp_path)(image) == evaluate.hyperiqa(net, image)
+
+
 def test_report_and_pairs(small_world, tmp_path):
     code, _ = run(tmp_path, "pairs", small_world / "world" / "clips", small_world / "world" / "pictures", "--n", 2)
     assert code == 0 and len(evaluate.read_pairs(tmp_path / "pairs.csv")) == 2
@@ -279,6 +287,27 @@ def test_frames_of_a_slower_rate(small_world, landmarker, monkeypatch):
     assert all(frames[0] == (0 if frames[1] else 11) for frames in chosen)
     with pytest.raises(UserError, match="12 frames; 5 and a source need 14"):
         evaluate.read_case(files, models, 5, 0, fps=8)
+    picture = small_world / "world" / "pictures" / "0.png"                      # of a picture no frame is needed
+    assert len(evaluate.read_case(files._replace(source=picture), models, 12, 0).driving) == 12
+    with pytest.raises(UserError, match="12 frames; 13 need 13"):
+        evaluate.read_case(files._replace(source=picture), models, 13, 0)
+
+
+def test_long_videos_of_ones_own_may_be_shorter(small_world, monkeypatch):
+    """Lengths that no clip has are left out; `--n` limits the clips."""
+    seen = []
+
+    def measured(a, title, files, M, *_, **__):
+        seen.append((M, len(files)))
+        return {name: dict(made_clip=np.eye(M), driving_clip=np.eye(M)) for name in files}
+    monkeypatch.setattr(evaluate, "measure_videos", measured)
+    monkeypatch.setattr(evaluate, "clip_metrics", lambda r: {"Self-CSIM": 0.0})
+    a = type("", (), dict(model=evaluate.DEMO / "sdit.safetensors", out=small_world, clips=small_world / "world" / "clips", pairs=None, n=2, left_out=[]))
+    for lengths, expected in (((4, 11, 12), [4, 4, 11, 11]), ((48, 96), [11, 11])):
+        seen.clear()
+        experiments.long(a, lengths)
+        assert seen == [(M, 2) for M in expected]
+        (small_world / "long.json").unlink()
 
 
 def made_elsewhere(path, clip, landmarker, side, rate, codec):
@@ -355,8 +384,8 @@ def test_probes_read_what_a_person_wears(world, tmp_path, landmarker):
     assert not evaluate.attribute_nets(a)
 
 
-def test_the_whole_evaluation_runs_every_part(tmp_path, monkeypatch):
-    """Its commands are understood, and a part that fails is named at the end."""
+def test_the_whole_evaluation_runs_every_part(tmp_path, monkeypatch, capsys):
+    """Its commands are understood, and a part that fails is named, with its last lines."""
     seen, lock = [], threading.Lock()
 
     def started(command, **_):
@@ -364,12 +393,12 @@ def test_the_whole_evaluation_runs_every_part(tmp_path, monkeypatch):
         with lock:
             monkeypatch.setattr("sys.argv", [script, *rest])
             seen.append((script, rest[0], evaluate.arguments() if script == "evaluate.py" else data.arguments()))
-        return type("", (), dict(communicate=lambda: ("a table", "left out: x: no face\n"), returncode=int(rest[0] == "scenes")))
+        return type("", (), dict(communicate=lambda: ("a table", "Traceback\n  File\nKeyError: 'x'\n"), returncode=int(rest[0] == "scenes")))
     monkeypatch.setattr(experiments.subprocess, "Popen", started)
     monkeypatch.setattr(experiments, "render_world", lambda a, more: None)
     (tmp_path / "same.json").write_text(json.dumps(dict(name="same", markdown="**A table**", picture=None, model="0" * 64)))
     code, errors = run(tmp_path, "all", "--guidance", "1.5")
-    assert code == 1 and "1 left out" in errors
+    assert code == 1 and "1 left out" in errors and "KeyError: 'x'" in errors + capsys.readouterr().out
     commands = [first for script, first, _ in seen if script == "evaluate.py"]
     assert sorted(commands) == ["ablation", "cross", "figures", "guidance", "length", "long", "same", "scenes"]
     assert all(a.guidance == 1.5 and a.steps == 1 for script, _, a in seen if script == "evaluate.py")
@@ -432,3 +461,7 @@ def test_denoisers_with_less_see_less(tmp_path):
         assert base.shape == (2, 2)
         assert (errors(signals, 2, 1) == base).all() == ("landmarks" not in signals)
         assert (errors(signals, 1, 2) == base).all() == ("scene" not in signals)
+    full, mapping = errors(("landmarks", "scene"), 1, 1), model.mapping
+    model.mapping = None                                                        # as `sample.load_models` has it where bfloat16 is fast
+    model.to(torch.bfloat16).mapping = mapping
+    np.testing.assert_allclose(errors(("landmarks", "scene"), 1, 1), full, rtol=0.05)

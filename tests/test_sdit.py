@@ -275,7 +275,7 @@ def test_files_round_trip_and_say_what_does_not_fit(tmp_path):
     sdit.write_tensors(path, tensors, older)
     assert sdit.load_model(path).config.prediction == "epsilon"
     for wrong, message in ((older | {"unknown": 1}, "not a file of the SDiT"),
-                           (older | {"prediction": "x0"}, "no prediction 'x0'")):
+                           (older | {"prediction": "x0"}, "m.safetensors is not a model of ours")):
         sdit.write_tensors(path, tensors, wrong)
         with pytest.raises(sdit.UserError, match=message):
             sdit.load_model(path)
