@@ -6,12 +6,12 @@ movements out (paper 3.2, Algorithm 1).
     python sample.py --prompt "a man with red hair" --driving y.mp4
     torchrun --nproc_per_node=4 sample.py --source x.jpg --driving y.mp4 --out z.mp4
 
-Algorithm 1 is: 1 `plan_rows`, 2 `make_conditions`, 3 `denoise`, 4 `decode_frames`. (Conditions are
-of frames, so here 2 comes first.) A video of any length is dealt to rows of T frames that share one
-frame, the anchor. `sample_plain` is the paper's rule, all rows in one batch; `sample_first` and
-`sample_rest` give the same result in the memory of a few rows and of the anchor bank, which grows
-with the steps alone. `reenact` is the whole job: `prepare`, `sample`, `write`. An interrupted
-command, given again, goes on from the finished frames in OUT.partial/."""
+Algorithm 1 is: 1 `plan_rows`, 2 `make_conditions`, 3 `denoise`, 4 `decode_frames`. (Conditions
+belong to frames, not to rows, so here 2 comes first.) A video of any length is dealt to rows of T
+frames that share one frame, the anchor. `sample_plain` is the paper's rule, all rows in one batch;
+`sample_first` and `sample_rest` give the same result in the memory of a few rows and of the anchor
+bank, which grows with the steps alone. `reenact` is the whole job: `prepare`, `sample`, `write`. An
+interrupted command, given again, goes on from the finished frames in OUT.partial/."""
 
 import argparse
 import csv
@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils._pytree import tree_map
 
 import data
@@ -58,9 +59,7 @@ def count_rows(M, T, anchor_frame):
     """How many rows of T the M frames of a video need with this frame as the anchor."""
     slot = anchor_slot(T)
     sides = (anchor_frame, slot), (M - 1 - anchor_frame, T - 1 - slot)  # (frames, slots)
-    if any(frames and not slots for frames, slots in sides):
-        return math.inf
-    return max(1, *(math.ceil(frames / max(slots, 1)) for frames, slots in sides))
+    return max(1, *(math.ceil(n / slots) if slots else n and math.inf for n, slots in sides))
 
 
 def plan_rows(M, T, anchor_frame=None):
@@ -269,11 +268,17 @@ def predict_clean(x, eps, abar):
     return (x - (1 - abar) ** 0.5 * eps) / abar**0.5
 
 
+def predict_next(x, eps, abar, abar_next, sigma):
+    """The mean of the next x, to which noise times sigma is added (Song et al. 2021, Eq. 12)."""
+    clean = predict_clean(x, eps, abar)
+    return abar_next**0.5 * clean + (1 - abar_next - sigma**2) ** 0.5 * eps
+
+
 def ddim(x, output, abar, abar_next, fresh_noise, history, eta=0.0):
-    """DDIM (Song et al. 2021), Eq. 12 and 16. eta 0 adds no noise, 1 as much as DDPM."""
+    """DDIM (Song et al. 2021), Eq. 16. eta 0 adds no noise, 1 as much as DDPM."""
     eps, _ = output.chunk(2, -3)
     sigma = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)) ** 0.5
-    x = abar_next**0.5 * predict_clean(x, eps, abar) + (1 - abar_next - sigma**2) ** 0.5 * eps
+    x = predict_next(x, eps, abar, abar_next, sigma)
     return x + sigma * fresh_noise() if sigma else x
 
 
@@ -282,14 +287,12 @@ def ddpm(x, output, abar, abar_next, fresh_noise, history):
     Eq. 15 and 19)."""
     eps, mix = output.chunk(2, -3)
     beta = 1 - abar / abar_next
-    clean = predict_clean(x, eps, abar)
-    of_clean = beta * abar_next**0.5 / (1 - abar)
-    of_x = (1 - abar_next) * (abar / abar_next) ** 0.5 / (1 - abar)
-    mean = of_clean * clean + of_x * x
+    variance = beta * (1 - abar_next) / (1 - abar)  # of the posterior, the smallest
+    mean = predict_next(x, eps, abar, abar_next, variance**0.5)
     if abar_next == 1:
         return mean
 
-    low, high = math.log(beta * (1 - abar_next) / (1 - abar)), math.log(beta)
+    low, high = math.log(variance), math.log(beta)
     log_variance = low + (mix + 1) / 2 * (high - low)
     return mean + torch.exp(log_variance / 2) * fresh_noise()
 
@@ -331,7 +334,8 @@ def denoise(settings, x, frames, evaluate, anchor=None):
     """Algorithm 1, step 3: from noise x (..., C, H, W) for `frames` (...) to clean latents.
 
     evaluate(i, x, t): the model's output at step i and timestep t. anchor: the slot to override, as
-    the definition has it. (It is alike already: the model overrides it, and its noise is one.)"""
+    Algorithm 1 has it. (This changes nothing here: the rows' anchors start from the same noise, and
+    the model's output for them is the same in every step.)"""
     take_step, history = choose_sampler(settings.sampler), {}
     alpha_bar = [*NoiseSchedule().alpha_bar.tolist(), 1.0]  # the last one, at -1: clean latents
 
@@ -530,7 +534,8 @@ def sample_video(model, conditions, settings, wanted=None, finished=None, share=
 
 def sample_rows(model, rows, numbers, conditions, settings):
     """Yield (number of a row, its latents (slots, C, H, W)) for the rows `numbers` of a plan, of
-    which a few are sampled at once. With the method "anchored" row 0 is the first."""
+    which a few are sampled at once. With the method "anchored" `numbers` begins with 0, the row
+    that makes the anchor bank."""
     if not numbers:
         return
     config, device = model.config, conditions[0].device
@@ -547,8 +552,8 @@ def sample_rows(model, rows, numbers, conditions, settings):
         frames = rows[chunk][:, slots]
         dtype = torch.promote_types(conditions[0].dtype, torch.float32)
         x = data.send(frame_noise(settings.seed, frames, shape).to(dtype), device)
-        places = data.send(torch.from_numpy(frames), device)
-        return x, frames, [c[places] for c in conditions]
+        frame_index = data.send(torch.from_numpy(frames), device)
+        return x, frames, [c[frame_index] for c in conditions]
 
     if settings.method == "multidiffusion":
         x, _, _ = inputs([0], all_slots)  # (1, M, C, H, W)
@@ -566,8 +571,8 @@ def sample_rows(model, rows, numbers, conditions, settings):
 
         for chunk in batches(numbers[1:], rows_at_once):
             x = sample_rest(model, *inputs(chunk, other_slots), settings, anchor, bank)
-            shared = first[:, anchor : anchor + 1].expand(len(x), -1, -1, -1, -1)  # (B, 1, C, H, W)
-            yield from zip(chunk, torch.cat([x[:, :anchor], shared, x[:, anchor:]], 1))
+            anchors = first[:, anchor : anchor + 1].expand(len(x), -1, -1, -1, -1)  # (B, 1, ...)
+            yield from zip(chunk, torch.cat([x[:, :anchor], anchors, x[:, anchor:]], 1))
 
 
 def batches(items, size):
@@ -588,7 +593,9 @@ class LatentStore:
             self.folder = sdit.hidden(out, ".partial")
         self.folder.mkdir(parents=True, exist_ok=True)
 
-        stale = [path for path in self.folder.glob(self.ours) if key not in path.name]
+        found = list(self.folder.glob(self.ours))
+        stale = [path for path in found if key not in path.name]
+        self.resumed = len(found) > len(stale)
         for path in stale:
             path.unlink(missing_ok=True)  # other processes do the same
         if stale:
@@ -671,14 +678,17 @@ def load_models(path=MODEL, device=None, engine=None):
     )
 
 
-def reenact(source=None, driving=DRIVING, out="reenacted.mp4", model=MODEL, show=None, **options):
+def reenact(
+    source=None, driving=DRIVING, out="reenacted.mp4", model=MODEL, show=None, again=True, **options
+):
     """Write the video `out` of the face in `source`, moving like the one in `driving`; `model`: a
     file or Models; `options`: those of the command line, by name. Returns the seconds by part.
     Raises UserError on bad input, and writes nothing then. Threads may call it at once.
 
     `show`, if given, is called as the work goes on: show(part, done, total), and with every frame
-    that is finished, in any order: show("frame", its number, total, image (h, w, 3) uint8). What
-    it raises ends the work."""
+    that is newly sampled, in any order: show("frame", its number, total, image (h, w, 3) uint8).
+    What it raises ends the work. `again` False: a result that is there already, of the same inputs
+    and settings, stays."""
     defaults, watch = vars(arguments([])), data.Stopwatch()
     assert set(options) <= set(defaults), f"unknown: {set(options) - set(defaults)}"
     asked = argparse.Namespace(**defaults | options)
@@ -693,10 +703,10 @@ def reenact(source=None, driving=DRIVING, out="reenacted.mp4", model=MODEL, show
                 stack.enter_context(data.owned(out))
 
         with together(), watch("denoising"):
-            latents = sample(job)
+            latents = sample(job, again)
 
         with together():  # wait until the file is there: a later job may drive with it
-            if leader:
+            if leader and latents:
                 write(job, latents, watch)
                 print(watch)
     return dict(watch.seconds)
@@ -714,7 +724,12 @@ class Job:
     square: tuple  # of the face in it
     picture: np.ndarray  # (size, size, 3) uint8 of the source, or None
     conditions: list  # (M, D) of every branch
-    about: str  # JSON of all that decides the result besides source and driving video
+    about: dict  # all that decides the result besides source and driving video
+
+    def comment(self, key):
+        """What the result's metadata say. It is the same for the same result."""
+        about = self.about | dict(frames=f"{self.wanted[0]}:{self.wanted[-1] + 1}", key=key)
+        return f"synthetic, AI-generated face video; {json.dumps(about)}"
 
 
 def prepare(asked, watch):
@@ -752,7 +767,7 @@ def prepare(asked, watch):
     about = dict(tool="anchored-diffusion", model=models.sha256[:16])
     about |= dataclasses.asdict(settings) | dict(engine=engine and engine.name)
     about |= {name: getattr(asked, name) for name in ("prompt", "edit", "retarget")}
-    about = json.dumps({k: v for k, v in about.items() if v is not None})
+    about = {k: v for k, v in about.items() if v is not None}
     return Job(paths, models, settings, driving, wanted, square, picture, conditions, about)
 
 
@@ -793,25 +808,29 @@ def read_faces(asked, models, driving):
     return picture, landmarks, track.square
 
 
-def sample(job):
-    """The wanted frames, on disk (Algorithm 1, steps 1 and 3): a `LatentStore`, {frame: latent}."""
+def sample(job, again=True):
+    """The wanted frames, on disk (Algorithm 1, steps 1 and 3): a `LatentStore`, {frame: latent}.
+    None where not `again` and the result is there."""
     models, conditions = job.models, job.conditions
     rank, processes, _ = data.ranks()
-    if processes > 1:  # those of rank 0, should ranks differ by a bit
-        shared = [[c.cpu() for c in conditions]]
-        dist.broadcast_object_list(shared)
-        conditions = [c.to(models.device) for c in shared[0]]
+    if processes > 1:  # all take rank 0's conditions: their own may differ by rounding
+        of_rank_0 = [[c.cpu() for c in conditions]]
+        dist.broadcast_object_list(of_rank_0)
+        conditions = [c.to(models.device) for c in of_rank_0[0]]
 
-    key = hashlib.sha256(job.about.encode())
+    key = hashlib.sha256(json.dumps(job.about).encode())
     for c in conditions:
         key.update(c.float().cpu().numpy().tobytes())
+    key = key.hexdigest()[:16]
+    if not again and all(read_comment(path) == job.comment(key) for path in job.paths):
+        return print_once(f"{job.paths[0]} is there already")
     show = data.SHOW.get()
 
     def show_frame(frame, latent):
         [image] = decode_frames(models, {frame: latent}, [frame], data.Stopwatch())
         show("frame", frame, len(job.driving), image)
 
-    finished = LatentStore(job.paths[0], key.hexdigest()[:16], show and show_frame)
+    finished = LatentStore(job.paths[0], key, show and show_frame)
     denoiser, share = models.engine or models.sdit, (rank, processes)
     return sample_video(denoiser, conditions, job.settings, job.wanted, finished, share)
 
@@ -832,7 +851,7 @@ def write(job, latents, watch):
     span = float(wanted[0] / rate), float((wanted[-1] + 1) / rate)
     if len(wanted) == len(driving):  # a whole video keeps its sound to the end
         span = 0.0, math.inf
-    comment = f"synthetic, AI-generated face video; {job.about}"
+    comment = job.comment(latents.key)
     writers = [data.VideoWriter(path, rate, comment, driving, span) for path in job.paths]
     shown = (frame for i, frame in enumerate(driving) if i in wanted)
 
@@ -847,7 +866,8 @@ def write(job, latents, watch):
                     panels = [data.resize(p, len(image)) for p in panels if p is not None]
                     comparison.write(np.concatenate(panels, 1))
 
-    latents.remove()
+    if len(wanted) == len(driving) or not latents.resumed:  # else they may be a longer video's
+        latents.remove()
     for path in output_paths(job.paths[0], True):  # of runs that were killed
         sdit.hidden(path, f".tmp{path.suffix}").unlink(missing_ok=True)
     names = " and ".join(map(str, job.paths))
@@ -880,11 +900,7 @@ def parse_only(text, M):
 def print_once(text, file=None):
     """Under torchrun, one process speaks."""
     if data.ranks()[0] == 0:
-        print(text, file=file or sys.stdout, flush=True)
-
-
-def explain(error):
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        print(text, file=file, flush=True)
 
 
 @contextmanager
@@ -897,7 +913,7 @@ def together():
         error = e
     if dist.is_initialized():
         texts = [None] * dist.get_world_size()
-        dist.all_gather_object(texts, error and explain(error))
+        dist.all_gather_object(texts, error and data.describe(error))
         error = error or next((UserError(text) for text in texts if text), None)
     if error:
         raise error
@@ -920,13 +936,21 @@ def read_pairs(path):
     return lines
 
 
+def read_comment(path):
+    """What `data.VideoWriter` wrote into the metadata of a file; "" where it did not."""
+    with suppress(UserError, OSError):
+        if Path(path).suffix.lower() == ".png":
+            with Image.open(path) as picture:
+                return picture.info.get("Comment", "")
+        with data.open_video(path) as container:
+            notes = {name.lower(): text for name, text in container.metadata.items()}
+            return notes.get("comment", "")
+    return ""
+
+
 def made_here(path):
-    """Whether a video, if it is there, is a result of this script."""
-    if not Path(path).exists():
-        return True
-    with suppress(UserError), data.open_video(path) as container:
-        return "anchored-diffusion" in container.metadata.get("comment", "")
-    return False
+    """Whether a file, if it is there, is a result of this script."""
+    return not Path(path).exists() or "anchored-diffusion" in read_comment(path)
 
 
 def find_conflicts(jobs, compare):
@@ -950,8 +974,9 @@ def find_conflicts(jobs, compare):
 
 
 def reenact_pairs(path, models, options):
-    """Run every line of a CSV file, paths relative to it. A line that fails is reported, and the
-    rest goes on; at the end UserError, with exit code 1 if some were written."""
+    """Run every line of a CSV file, paths relative to it, but for those whose result is there. A
+    line that fails is reported, and the rest goes on, unless the disk is full; at the end
+    UserError, with exit code 1 if some were written."""
     lines, names, written = read_pairs(path), ("source", "driving", "out"), 0
     jobs = [{k: Path(path).parent / line[k] for k in names if line.get(k)} for line in lines]
     conflicts = find_conflicts(jobs, options["compare"])
@@ -962,10 +987,13 @@ def reenact_pairs(path, models, options):
         try:
             if missing or i in conflicts:
                 raise UserError(conflicts.get(i) or f"{' and '.join(missing)} is missing")
-            reenact(**options | dict(source=None, model=models, prompt=prompt) | job)
+            given = dict(source=None, model=models, prompt=prompt, again=False)
+            reenact(**options | given | job)
             written += 1
         except Exception as e:  # whatever is wrong with a line, the rest goes on
-            print_once(f"{path}, line {i + 2}: {explain(e)}; skipped", sys.stderr)
+            if getattr(e, "errno", 0) in data.MACHINE:  # a full disk
+                raise
+            print_once(f"{path}, line {i + 2}: {data.describe(e)}; skipped", sys.stderr)
 
     with together():  # or the first to end would end the others
         print_once(f"{written} of {len(lines)} written")
@@ -1005,6 +1033,8 @@ def arguments(given=None):
     add("--engine", type=Path, help="folder that export.py made of the model: use its graphs")
     add("--device", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
     a = ap.parse_args(given)
+    if a.pairs and a.source:
+        raise UserError("--source does not go with --pairs; name the picture in every line")
     if len(a.face) > 2:
         raise UserError("--face takes one number, or two: of the driving video, of the source")
     return a

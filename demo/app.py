@@ -117,7 +117,7 @@ def run(models, source, prompt, driving, edit, steps, guidance, seed, face, sour
             wait([job])
 
         if error := job.exception():
-            text = sample.explain(error)
+            text = data.describe(error)
             for path in filter(None, (source, driving)):
                 text = text.replace(path, Path(path).name)
             raise failure(text, duration=None)

@@ -369,6 +369,24 @@ def test_an_interrupted_run_goes_on(tmp_path, clip, monkeypatch):
         sample.reenact(driving=driving, out=tmp_path / "out.mp4", model=models, steps=1)
     sample.reenact(driving=driving, out=tmp_path / "out.mp4", model=models, steps=1, seed=1)
     assert sampled[-1] == [0, 1, 2, 3] and abs(frames_of(tmp_path / "out.mp4") - whole).mean() > 3 * abs(continued - whole).mean()
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(sample, "write", killed)
+        sample.reenact(driving=driving, out=tmp_path / "out.mp4", model=models, steps=1)
+    sample.reenact(driving=driving, out=tmp_path / "out.mp4", model=models, steps=1, only="0:4")       # a look at what is there
+    assert sampled[-1] == [] and len(list((tmp_path / "out.mp4.partial").iterdir())) == 12
+
+
+@pytest.mark.parametrize("name", ["o.mp4", "o.mkv", "o.MOV", "o.png"])
+def test_a_result_knows_that_it_is_one(name, tmp_path, monkeypatch):
+    """And the same line of --pairs, given again, leaves it alone; another one does not."""
+    models, sampled = sample.load_models(), []
+    monkeypatch.setattr(sample, "sample_rows", lambda *given, real=sample.sample_rows: sampled.append(1) or real(*given))
+    job = dict(driving=ROOT / "demo" / "source.png", out=tmp_path / name, model=models, steps=1, again=False)
+    for seed in (0, 0, 1):
+        sample.reenact(**job, seed=seed)
+    assert len(sampled) == 2 and sample.made_here(tmp_path / name) and not sample.made_here(job["driving"])
+    with_look = sample.reenact(**job, seed=1, compare=True)                     # that one is not there yet
+    assert len(sampled) == 3 and with_look["writing"] > 0
 
 
 def test_frames_of_other_settings_are_removed(tmp_path, capsys):
