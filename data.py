@@ -115,10 +115,8 @@ class Rows(torch.utils.data.Dataset):
         """The record of row n. A cache is shuffled anew every epoch, of rows of all caches: of
         several, each shows its share of its clips in an epoch. A clip that is too short gives way
         to the next."""
-        cache = 0
-        if len(self.shares) > 1:
-            rng = np.random.default_rng([self.seed, 2, n])
-            cache = rng.choice(len(self.shares), p=self.shares)
+        rng = np.random.default_rng([self.seed, 2, n])
+        cache = rng.choice(len(self.shares), p=self.shares)
         clips = self.ranges[cache]
         epoch, i = divmod(n, len(clips))
         order = range(len(clips))
@@ -142,14 +140,17 @@ class Rows(torch.utils.data.Dataset):
     def statistics(self, clips=2000):
         """The buffers that `sdit.Mapping` normalises by, from evenly spaced clips: landmark_basis
         (1434, LANDMARK_COMPONENTS) holds principal components of standardised landmarks, scaled to
-        unit variance; scene_gain gives scenes the total variance of the whitened landmarks."""
+        unit variance, or to 0 where theirs is jitter alone; scene_gain gives scenes the total
+        variance of the whitened landmarks."""
         points, scenes = [], []
         for cache, (share, there) in enumerate(zip(self.shares, self.ranges)):
             count = min(math.ceil(clips * share), len(there))
             for i in np.linspace(0, len(there) - 1, count).astype(int):
                 clip = self._open(cache, there[i])
-                points.append(clip.get_tensor("landmarks")[::4].flatten(1).float())
-                scenes.append(clip.get_tensor("scene").float())
+                known = clip.get_tensor("landmarks")  # (frames, 478, 3)
+                few = known[:: max(4, len(known) // 64)]  # of long clips, too
+                points.append(few.flatten(1).float())
+                scenes.append(clip.get_tensor("scene").float())  # (2, S)
 
         points = torch.cat(points).double()  # (frames, 1434); float32 mixes axes of like variance
         mean, deviation = points.mean(0), points.std(0, correction=0).clamp_min(1e-3)
@@ -157,7 +158,7 @@ class Rows(torch.utils.data.Dataset):
         variance, axes = torch.linalg.eigh(scaled.T @ scaled / len(scaled))  # ascending
         variance = variance[-LANDMARK_COMPONENTS:].flip(0)
         axes = axes[:, -LANDMARK_COMPONENTS:].flip(1)
-        gain = variance.clamp_min(1e-3).rsqrt() * (variance > 1e-3)  # below is jitter
+        gain = variance.clamp_min(1e-3).rsqrt() * (variance > 1e-3)  # below: MediaPipe's jitter
 
         scenes = torch.cat(scenes)  # (2 * clips, S)
         scene_mean = scenes.mean(0)
@@ -194,8 +195,9 @@ def too_short(folder, frames):
 
 
 def must_agree(ours, theirs, before, after):
-    """UserError that names the settings that differ."""
-    if other := [k for k, v in ours.items() if theirs.get(k) != v]:
+    """UserError that names the settings that differ. A file with a sha256 may have any name."""
+    differ = [k for k, v in ours.items() if theirs.get(k) != v and f"{k}_sha256" not in ours]
+    if other := [k.removesuffix("_sha256") for k in differ]:
         raise UserError(f"{before} another {' and '.join(other)}; {after}")
 
 
@@ -497,9 +499,13 @@ def get_device(name=None):
         raise UserError(f"no device {name} here ({reason}); give cpu, cuda or cuda:1")
 
 
-@functools.cache
 def sha256(path):
     """Hex digest of a file."""
+    return read_sha256(path, changed(Path(path)))
+
+
+@functools.cache
+def read_sha256(path, _):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -1200,10 +1206,14 @@ def of_machine(error):
     return broken or getattr(error, "errno", 0) in MACHINE
 
 
+def describe(error):
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
 def blame(error, path):
     """Why the clip at `path` is left out for good. UserError where the machine is at fault (memory,
     disk, a folder that is away, torn weights): the next run tries again."""
-    reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    reason = describe(error)
     machine = any(map(of_machine, (error, error.__cause__, error.__context__)))
     gone = not path.is_file() and not path.is_symlink()  # a dangling link is at fault itself
     elsewhere = isinstance(error, UserError) and path.name not in reason
@@ -1259,7 +1269,9 @@ class CacheWriter:
     def __init__(self, folder, about):
         self.folder, self.about = Path(folder), about
         self.folder.mkdir(parents=True, exist_ok=True)
-        any(map(self.read, self.folder.glob("clip-*")))  # the first whole record must agree
+        for path in self.folder.glob("clip-*"):
+            if self.read(path):  # the first whole record must agree
+                break
 
     def path(self, file):
         digest = hashlib.sha256(os.fsencode(file)).hexdigest()
@@ -1268,6 +1280,13 @@ class CacheWriter:
     def add(self, record, entry):
         tensors = {k: torch.as_tensor(v) for k, v in record.items()}
         sdit.write_tensors(self.path(entry["file"]), tensors, dict(about=self.about, entry=entry))
+
+    def entry(self, name, path):
+        """The manifest entry of the clip `name` at `path`; None where it is missing or torn, or the
+        clip was left out and has changed since."""
+        entry = self.read(self.path(name))
+        if entry and entry.get("changed", changed(path)) == changed(path):
+            return entry
 
     def read(self, path):
         """The manifest entry of a record; None where it is missing or torn. UserError where it was
@@ -1361,17 +1380,12 @@ def cache_clips(clips, writer, landmarker, autoencoder, scene_encoder, size):
     """Make the missing records of clips [(name, path)]. A bad clip is left out, with its reason."""
     rank, world, _ = ranks()
     watch, frames = Stopwatch(), 0
-
-    def is_done(name, path):
-        entry = writer.read(writer.path(name))
-        return entry and entry.get("changed", changed(path)) == changed(path)
-
-    todo = [clip for clip in clips if not is_done(*clip)]
+    todo = [clip for clip in clips if not writer.entry(*clip)]
     for name, path in tqdm(todo, f"clips, rank {rank}" if world > 1 else "clips", unit="clip"):
         try:
             with watch("landmarks"):
                 crops, tracked, fps, margin = read_clip(path, landmarker, size)
-            with watch("autoencoder and CLIP"):
+            with watch("decoding, autoencoder and CLIP"):
                 record = encode_clip(crops, tracked, fps, autoencoder, scene_encoder)
         except Exception as e:  # whatever is wrong with a file, the rest goes on
             record, entry = {}, dict(rejected=blame(e, path), changed=changed(path))
@@ -1384,10 +1398,10 @@ def cache_clips(clips, writer, landmarker, autoencoder, scene_encoder, size):
     print(f"{frames} frames; frames a second: {speeds}")
 
 
-def finish_cache(writer, names):
+def finish_cache(writer, clips):
     """Write the index if every clip is there or left out: of several ranks, the last one does."""
-    names = tqdm(names, "index", leave=False, disable=None)
-    entries = [writer.read(writer.path(name)) for name in names]
+    clips = tqdm(clips.items(), "index", leave=False, disable=None)
+    entries = [writer.entry(*clip) for clip in clips]
     if missing := entries.count(None):
         return print(f"{missing} clips are left for the other ranks; the last one writes the index")
     try:
@@ -1395,9 +1409,6 @@ def finish_cache(writer, names):
             writer.finish(entries)
     except UserError:  # another rank was as quick
         return
-    for path in writer.folder.glob(".clip-*.tmp.safetensors"):  # of killed runs
-        path.unlink(missing_ok=True)
-
     left_out = sum("rejected" in e for e in entries)
     reasons = f"{left_out} left out, reasons in {writer.folder / 'manifest.jsonl'}"
     print(f"{len(entries) - left_out} clips in {writer.folder}; {reasons}")

@@ -63,8 +63,9 @@ def arguments():
     add("--lambda-ex", positive, 1.0, "extra weight of lips and eyes")
     add("--drop", fraction, 0.1, "probability that a row loses scene and landmarks")
 
-    # optimisation; paper silent on warm-up and average: none, and DiT's decay, reached gradually.
-    # Weight decay is PyTorch's default (paper D: "default parameter values"); DiT has 0.
+    # optimisation; paper silent on warm-up (none) and on the average of the weights (DiT's decay,
+    # less in the first steps: see `update_ema`). Weight decay is PyTorch's default (paper D:
+    # "default parameter values"); DiT has 0.
     add("--steps", count, 1_000_000, "of the whole run")
     add("--batch", count, 16, "rows a step, over all processes")
     add("--lr", positive, 6.4e-5, "largest learning rate; cosine to 0")
@@ -136,9 +137,10 @@ def variational_bound(schedule, x0, xt, predicted, variance_mix, t):
 
 
 def diffusion_loss(model, schedule, batch, t, noise, drop, lambda_ex=1.0):
-    """(weighted squared error (B,), bound (B,)); their sum is minimised, as Improved DDPM's 0.001
-    times 1000 steps is 1. batch: of `data.Rows`. t (B,): one for all frames of a row (paper
-    silent). drop (B,): rows that lose their conditions."""
+    """(weighted squared error (B,), bound (B,)); their sum is minimised: the bound is a sum over
+    1000 steps, and Improved DDPM's weight of it 0.001, so a sampled step has weight 1. batch: of
+    `data.Rows`. t (B,): one for all frames of a row (paper silent). drop (B,): rows that lose their
+    conditions."""
     x0 = batch["latents"]
     xt = schedule.add_noise(x0, noise, t)
     conditioning = model.mapping(batch["scene"], batch["landmarks"], drop)  # (B, T, D)
@@ -170,7 +172,7 @@ class Objective(nn.Module):
 def sample_noise(seed, step, shape, p_drop, device="cpu"):
     """Of all rows of a step: timesteps (B,), uniform over 0..999; noise of `shape` (B, ...); drop
     (B,), true with probability `p_drop`. Seed, step and the kind of device decide them."""
-    g = torch.Generator(device).manual_seed(seed * 1_000_003 + step)  # apart for 1,000,003 steps
+    g = torch.Generator(device).manual_seed(seed * 1_000_003 + step)  # unlike other seeds' steps
     of = dict(generator=g, device=device)
     t = torch.randint(NoiseSchedule.steps, shape[:1], **of)
     return t, torch.randn(shape, **of), torch.rand(shape[0], **of) < p_drop
@@ -243,7 +245,13 @@ def init_weights(model, path):
     if prediction != model.config.prediction:
         raise UserError(f"{path} predicts {prediction}; give --prediction {prediction}")
 
-    if not config:
+    if config:
+        for part in ("autoencoder", "clip"):
+            here, there = getattr(model.config, part), config.get(part)
+            if config.get(f"{part}_sha256") != getattr(model.config, f"{part}_sha256"):
+                note = f"was trained with another {part} ({there}) than the cache ({here})"
+                print(f"note: {path} {note}")
+    else:
         for foreign in ("pos_embed", "y_embedder.embedding_table.weight"):
             tensors.pop(foreign, None)
         tensors |= {k: v for k, v in model.state_dict().items() if k.startswith("mapping.")}
@@ -251,10 +259,6 @@ def init_weights(model, path):
             f"{path}: weights of an image model without our metadata, taken as DiT's; those are "
             f"licensed CC BY-NC 4.0, not for commercial use, and so is what is trained from them"
         )
-    for part in ("autoencoder", "clip") if config else ():
-        here, there = getattr(model.config, part), config.get(part)
-        if config.get(f"{part}_sha256") != getattr(model.config, f"{part}_sha256"):
-            print(f"note: {path} was trained with another {part} ({there}) than the cache ({here})")
     sdit.fill(model, tensors, path)
 
 
@@ -327,6 +331,8 @@ def train(a, rows):
     device = start_processes()
     a.precision = a.precision or ("bf16" if sdit.has_bf16(device.type) else "fp32")
     a.recipe = {name: getattr(a, name) for name in RECIPE}
+    if len(rows.shares) > 1:
+        a.recipe["shares"] = rows.shares.tolist()
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=a.precision == "bf16")
     torch.manual_seed(a.seed)
 
@@ -366,8 +372,8 @@ def train(a, rows):
             update_ema(ema, model, step, a.ema)
             bar.update()
 
-            run.maybe_preview(step + 1)
             run.log_and_save(step + 1)
+            run.maybe_preview(step + 1)
             if run.stopping:
                 break
 
@@ -377,6 +383,8 @@ def train(a, rows):
     if a.world > 1:
         dist.barrier()  # rank 0 may still be writing
         dist.destroy_process_group()
+    elif run.signals:
+        sys.exit(128 + run.signals[0])  # `train.py && ...` stops, too
 
 
 class Run:
@@ -409,30 +417,30 @@ class Run:
             self.save(step)
 
     def decide(self, step):
-        """(log, save): whether to, after `step` steps; sets `stopping` at a signal. Processes
-        communicate at every tenth step, and where they log or save. UserError where loss or
-        gradient are not finite."""
-        a = self.a
-        log = step % a.log_every == 0
-        save = step == a.steps or a.save_minutes == 0
+        """(log, save): whether to, after `step` steps; sets `stopping` at a signal, and `norm`.
+        Processes communicate at every tenth step, and where they log or save. UserError where loss
+        or gradient are not finite, or a state could not be written."""
+        a, last = self.a, step == self.a.steps
+        log = last or step % a.log_every == 0
+        save = last or a.save_minutes == 0
         idle = self.saver.writing.done()
-        due = idle and time.monotonic() - self.saved_at >= a.save_minutes * 60
-        asking = step % 10 == 0 if a.world > 1 else bool(self.signals) or due
-        if not (log or save or asking):
+        save_due = idle and time.monotonic() - self.saved_at >= a.save_minutes * 60
+        may_ask = (step % 10 == 0) if a.world > 1 else (bool(self.signals) or save_due)
+        if not (log or save or may_ask):
             return False, False
 
         # from here on it waits for the device and the other processes
         gradients = [p.grad for p in self.networks[0].parameters() if p.grad is not None]
         self.norm = nn.utils.get_total_norm(gradients).item()
-        by_clock = due and a.rank == 0  # rank 0's clock is everyone's
-        bad, self.stopping, by_clock = self.meter.agree(bool(self.signals), by_clock)
+        save_due = save_due and a.rank == 0  # rank 0's clock is everyone's
+        bad, self.stopping, save_due = self.meter.agree(bool(self.signals), save_due)
         if bad or not math.isfinite(self.norm):
             raise UserError(
                 f"the loss or its gradient was not finite at step {bad or step}; {NOTHING_SAVED}"
             )
         if idle:
             self.saver.writing.result()  # raises what went wrong
-        return log or self.stopping, save or by_clock or self.stopping
+        return log or self.stopping, save or save_due or self.stopping
 
     def log(self, step):
         """A line of text, and the same in RUN/log.jsonl. mse: the weighted error (with --prediction
@@ -519,7 +527,8 @@ class Saver(ThreadPoolExecutor):
         """The state with its tensors in host memory. Pinned memory is fast, but takes seconds to
         get: it is kept for the next time."""
         tensors = [x for x in tree_leaves(state) if isinstance(x, torch.Tensor)]
-        data.enough_disk(self.out, sum(x.nbytes for x in tensors))  # PyTorch aborts on a full one
+        model = state["ema"].values()  # a file of its own
+        data.enough_disk(self.out, sum(x.nbytes for x in (*tensors, *model)))  # else PyTorch aborts
         if not self.host:
             self.host = [torch.empty_like(x, device="cpu", pin_memory=x.is_cuda) for x in tensors]
         torch._foreach_copy_(self.host, tensors, non_blocking=True)
@@ -579,7 +588,8 @@ def load_state(out, model, ema, optimizer, recipe):
     state = read_state(path)
     saved, settings = state["recipe"], dataclasses.asdict(model.config) | recipe
     means = [s.pop("scene_mean") for s in (saved, settings)]
-    changed = [f"{k} ({saved.get(k)}, now {v})" for k, v in settings.items() if v != saved.get(k)]
+    differ = [k for k, v in settings.items() if v != saved.get(k) and f"{k}_sha256" not in settings]
+    changed = [f"{k} ({saved.get(k)}, now {settings[k]})" for k in differ]
     # another processor rounds differently
     if len(means[0]) != len(means[1]) or not all(abs(x - y) < 1e-4 for x, y in zip(*means)):
         changed.append("data")
@@ -623,8 +633,8 @@ class Preview:
             # (rows, T, C, H, W)
             made = sample.sample_plain(model, self.noise, None, conditions, settings, anchor=None)
 
-        pixels = [self.autoencoder.decode(z) for z in (self.batch["latents"], made)]
-        pictures = torch.stack(pixels, 1).flatten(0, 2)  # (rows * 2 * T, 3, h, w)
+        pairs = torch.stack([self.batch["latents"], made], 1).flatten(0, 1)  # (rows * 2, T, ...)
+        pictures = torch.cat([self.autoencoder.decode(z) for z in pairs])  # (rows * 2 * T, 3, h, w)
         form = dict(nrow=made.shape[1], padding=0, normalize=True, value_range=(-1, 1))
         with sdit.atomic(path) as temporary:
             save_image(pictures, temporary, **form)
@@ -731,7 +741,7 @@ class Meter:
         sums = self.sums.cpu()
         self.sums = torch.zeros_like(self.sums)
         error, bound, rows = sums.sum(0).tolist()
-        quarters = sums[:, 0] / sums[:, 2].clamp_min(1)
+        quarters = sums[:, 0] / sums[:, 2]
         return dict(mse=error / rows, bound=bound / rows, quarters=quarters.tolist())
 
     @contextlib.contextmanager

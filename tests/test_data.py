@@ -1,5 +1,6 @@
 """Data: true timing of real video files, the face crop, the expressive mask, records and training rows."""
 import json
+import os
 from fractions import Fraction
 
 import av
@@ -301,6 +302,41 @@ def test_signals_are_normalised(tmp_path):
     torch.testing.assert_close(seen[1].square().sum(1).mean(), torch.tensor(64.0))
 
 
+def test_long_clips_do_not_fill_the_memory(tmp_path, monkeypatch):
+    """The statistics of a clip of 10,000 frames come from a hundred of them at the most."""
+    writer = data.CacheWriter(tmp_path, cache_settings(size=32))
+    for frames in (12, 10_000):
+        few = record(12, frames)                                                # its latents do not matter here
+        landmarks = np.random.default_rng(0).normal(size=(frames, 478, 3)).astype(np.float16)
+        writer.add(few | dict(landmarks=landmarks), dict(file=str(frames), frames=frames))
+    writer.finish([dict(file=str(frames), frames=frames) for frames in (12, 10_000)])
+    seen, cat = [], torch.cat
+    monkeypatch.setattr(data.torch, "cat", lambda parts, *rest: seen.extend(map(len, parts)) or cat(parts, *rest))
+    data.Rows(tmp_path, 8).statistics()
+    assert sorted(seen)[-1] <= 100 and 3 in seen
+
+
+def test_the_digest_of_a_file_that_changes(tmp_path):
+    (tmp_path / "model").write_bytes(b"one")
+    before = data.sha256(tmp_path / "model")
+    (tmp_path / "model").write_bytes(b"two")
+    os.utime(tmp_path / "model", ns=(1, 1))
+    assert data.sha256(tmp_path / "model") != before
+
+
+def test_a_mended_clip_is_waited_for(tmp_path, monkeypatch):
+    """A rank that comes to the end while another makes a clip anew, which was left out before, does not write the index."""
+    writer, path = data.CacheWriter(tmp_path / "cache", cache_settings(size=32)), tmp_path / "clip.mp4"
+    path.write_bytes(b"bad")
+    writer.add({}, dict(file="clip.mp4", rejected="bad", changed=data.changed(path)))
+    os.utime(path, ns=(1, 1))
+    data.finish_cache(writer, {"clip.mp4": path})
+    assert not (tmp_path / "cache" / "index.json").exists()
+    writer.add(record(12, 1), dict(file="clip.mp4", frames=12))
+    data.finish_cache(writer, {"clip.mp4": path})
+    assert (tmp_path / "cache" / "index.json").exists()
+
+
 def test_caches_mix_in_shares(tmp_path):
     a, b = write_cache(tmp_path / "a", range(1, 5)), write_cache(tmp_path / "b", range(11, 14))
     rows = data.Rows([f"{a}:0.75", f"{b}:0.25"], 8, seed=1)
@@ -309,8 +345,9 @@ def test_caches_mix_in_shares(tmp_path):
     assert abs(np.mean([v > 10 for v in seen]) - 0.25) < 0.06
     again = data.Rows([f"{a}:3", f"{b}:1"], 8, seed=1)
     assert [clip_of(again[n]) for n in (399, 7, 120)] == [seen[n] for n in (399, 7, 120)]
-    with pytest.raises(sdit.UserError, match="c and .*a were made with another autoencoder"):
-        data.Rows([a, write_cache(tmp_path / "c", [1], autoencoder="other")], 8)
+    with pytest.raises(sdit.UserError, match="c and .*a were made with another autoencoder;"):
+        data.Rows([a, write_cache(tmp_path / "c", [1], autoencoder_sha256="other")], 8)
+    data.Rows([a, write_cache(tmp_path / "d", [1], autoencoder="another name of the same")], 8)
     with pytest.raises(sdit.UserError, match="positive share"):
         data.Rows([f"{a}:-1"], 8)
 

@@ -201,12 +201,14 @@ def test_ctrl_c_saves_and_logs(cache, tmp_path, monkeypatch, capsys):  # noqa: F
         return draw(seed, step, *rest)
     with monkeypatch.context() as m:
         m.setattr(train, "sample_noise", interrupted)
-        run(cache, tmp_path / "parts", monkeypatch, "--save-minutes", "9", "--log-every", "9")
+        with pytest.raises(SystemExit, match=str(128 + signal.SIGINT)):
+            run(cache, tmp_path / "parts", monkeypatch, "--save-minutes", "9", "--log-every", "9")
     assert "stopped by SIGINT; saved after step 2" in capsys.readouterr().out
     assert json.loads((tmp_path / "parts" / "log.jsonl").read_text())["step"] == 2
     (tmp_path / "parts" / ".state-00000009.pt.tmp.pt").write_text("of a run that was killed")
     run(cache, tmp_path / "parts", monkeypatch, "--save-minutes", "9", "--log-every", "9")
     assert same(tmp_path / "whole", tmp_path / "parts") and not list((tmp_path / "parts").glob(".*"))
+    assert [json.loads(line)["step"] for line in open(tmp_path / "parts" / "log.jsonl")] == [2, 4]        # the end, too
 
 
 def test_a_worker_ends_with_its_parent(tmp_path):

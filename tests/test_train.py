@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,6 +190,11 @@ def test_resume_is_exact(cache, tmp_path, monkeypatch, capsys):
         torch.save(state | dict(recipe=state["recipe"] | dict(scene_mean=[x + error for x in mean])), newest)
         with pytest.raises(sdit.UserError, match="trained with another data") if error == 1e-2 else contextlib.nullcontext():
             run(cache, tmp_path / "parts", monkeypatch)
+    shutil.copytree(cache, tmp_path / "other")
+    mixed = [f"--data={cache}:0.5", f"{tmp_path / 'other'}:0.5"]
+    run(cache, tmp_path / "mixed", monkeypatch, *mixed)
+    with pytest.raises(sdit.UserError, match="trained with another shares"):
+        run(cache, tmp_path / "mixed", monkeypatch, mixed[0], f"{tmp_path / 'other'}:0.1")
     for state in (tmp_path / "parts").glob("state-*"):
         state.write_bytes(b"")
     with pytest.raises(sdit.UserError, match="every state .* is damaged"):
@@ -207,7 +213,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(cache, tmp_path, monkeypatch
             os.kill(os.getpid(), signal.SIGTERM)
         return draw(seed, step, *rest)
     monkeypatch.setattr(train, "sample_noise", interrupted)
-    run(cache, tmp_path / "parts", monkeypatch, "--save-minutes", "9", "--workers", "1")
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):           # `train.py && sample.py` stops, too
+        run(cache, tmp_path / "parts", monkeypatch, "--save-minutes", "9", "--workers", "1")
     assert "saved after step 2" in capsys.readouterr().out and [p.name for p in (tmp_path / "parts").glob("state-*")] == ["state-00000002.pt"]
     run(cache, tmp_path / "parts", monkeypatch, "--save-minutes", "9")
     assert steps == [0, 1, 2, 3] and same(tmp_path / "whole", tmp_path / "parts")
