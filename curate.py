@@ -200,7 +200,8 @@ def search(a):
 # --------------------------------------------------------------------------------------------------
 # detect: shots, from thumbnails x (M, 24, 24, 3); paper silent on how clips are kept within them
 
-CUT, JUMP, DISSOLVE = 25, 8, 20  # mean differences, of 255
+# Mean differences, of 255: a step that is a cut; one that is, where it stands alone; a dissolve's
+CUT, JUMP, DISSOLVE = 25, 8, 20
 
 
 def mean_difference(x):
@@ -462,8 +463,8 @@ def detect(source, a):
                 candidates += split_track(low, part, track, samples, (h, w), fps, a)
 
     about = dict(fps=str(fps), height=h, width=w)
-    nobody = rejection("no face for two looks in a row", len(thumbs))
-    return [about | c for c in candidates] or nobody
+    why = "no listed face is found" if source.spans else "no face for two looks in a row"
+    return [about | c for c in candidates] or rejection(why, len(thumbs))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -562,6 +563,7 @@ def write(source, a, candidates):
             continue
         x, y, _ = c["square"]
         name = f"{source.key}-{c['start']:06d}-{x:04d}-{y:04d}"  # by content, so it stays
+        # an entry with the key in it names one clip, another the video or its person
         if any(source.key not in entry or Path(entry).stem == name for entry in dropped):
             c["reason"] = "on the drop list"
         else:
@@ -683,6 +685,11 @@ def run_stage(stage, sources, a):
     bar = tqdm(todo, f"{stage}, rank {rank}", unit="video", disable=None)
     for source in bar:
         data.enough_disk(a.out, 1e9)
+        before = read_stage(stage_file(stage, source, a))
+        other = before and Path(before["path"])
+        if other and other.exists() and other.resolve() != source.path.resolve():
+            same = f"{other} and {source.path} have one name in {a.out}"
+            raise UserError(f"{same}; name another --out, or give the folder above both")
         key = stage_key(stage, source, a)
         candidates, final = attempt(stage, source, a)
         about = dict(video=source.name, identity=source.identity, path=str(source.path))
@@ -707,9 +714,10 @@ def run_stage(stage, sources, a):
 
 def save_histograms(path, values, lines):
     """A picture with a histogram of each of {title: values}, and a line at {title: value}."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(1, len(values), figsize=(4 * len(values), 3), squeeze=False)
+    figure = Figure(figsize=(4 * len(values), 3))
+    axes = figure.subplots(1, len(values), squeeze=False)
     for ax, title in zip(axes[0], values):
         ax.hist(values[title], 30)
         ax.set(title=title)
@@ -846,6 +854,10 @@ def main():
                 histogram(a)
             if world == 1 and stage == "write":
                 write_manifest(a)
+        if a.drop:
+            matched = {entry for source in sources for entry in drop_entries(source, a.out)}
+            for entry in sorted({*read_entries(a.drop)} - matched):
+                print(f"note: nothing here is {entry}, as {a.drop} has it")
     if worker.cache_info().currsize:
         worker().shutdown()
     if a.command == "run":

@@ -42,8 +42,8 @@ DEMO = Path(__file__).resolve().parent / "demo"
 PRECISIONS = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
 # --------------------------------------------------------------------------------------------------
-# The graphs. Of every row there are G guidance branches: 1, or 2, conditional and unconditional.
-# They are rows of their own inside, and each has its own anchor
+# The graphs. Guidance evaluates every row in G branches: 1, or 2, conditional and unconditional.
+# Inside a graph each branch of a row is a row of its own, and each branch has its own anchor
 
 
 class Graph(nn.Module):
@@ -150,7 +150,7 @@ def other_slots(anchor, T):
 
 
 def tile(x, B, axis=0):
-    """What each branch has, (.., G, ...), for every row, (.., BG, ...)."""
+    """Repeat (.., G, ...) for each of B rows, row by row: (.., BG, ...)."""
     sizes = [-1] * (x.dim() + 1)
     sizes[axis] = B
     return x.unsqueeze(axis).expand(sizes).flatten(axis, axis + 1)
@@ -319,7 +319,8 @@ def import_tensorrt(device):
             return tensorrt
     raise UserError(
         "TensorRT builds for the NVIDIA GPU that it runs on: choose one by --device, and pip "
-        "install tensorrt --extra-index-url https://pypi.nvidia.com; --onnx works without"
+        "install 'tensorrt>=10.12,<12' --extra-index-url https://pypi.nvidia.com; --onnx works "
+        "without"
     )
 
 
@@ -479,14 +480,14 @@ class Manifest:
     versions: dict
 
 
-def read_manifest(folder):
+def read_manifest(folder, cure="make it with export.py"):
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         about = Manifest(**json.loads((folder / "manifest.json").read_text()))
         typed = all(type(getattr(about, f.name)) is f.type for f in dataclasses.fields(about))
         known = typed and about.rows and about.precision in PRECISIONS
         if known and set(about.files) in ({"packed", "rest"}, {"override"}):
             return about
-    raise UserError(f"{folder} is not an export, by its manifest.json; make it with export.py")
+    raise UserError(f"{folder} is not an export, by its manifest.json; {cure}")
 
 
 def load_engine(folder, model_sha256=None, device="cpu"):
@@ -660,16 +661,18 @@ def atomic_folder(path):
     """A temporary folder that takes the place of `path` when the block ends well; else it goes."""
     fresh, older = (sdit.hidden(path, ending) for ending in (".tmp", ".old"))
     try:
-        for left in (fresh, older):  # by a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        if older.exists() and not path.exists():  # a run was killed between two renames
+            os.replace(older, path)
+        shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
         yield fresh
+        shutil.rmtree(older, ignore_errors=True)
         if path.exists():
             os.replace(path, older)
         os.replace(fresh, path)
+        shutil.rmtree(older, ignore_errors=True)
     finally:
-        for folder in (fresh, older):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def export(model, digest, kind, a, device):
@@ -682,7 +685,8 @@ def export(model, digest, kind, a, device):
         name += "-unguided"
     final = a.out / name
     if final.exists():
-        about, cure = read_manifest(final), "move it, or choose another --out"
+        cure = "move it, or choose another --out"
+        about = read_manifest(final, cure)
         if about.model_sha256 != digest:
             raise UserError(f"{final} is the export of another model; {cure}")
         if others := sorted({p.name for p in final.iterdir()} - {*about.sha256, "manifest.json"}):

@@ -71,14 +71,28 @@ def test_a_crash_of_the_decoder_is_a_line(videos, tmp_path, monkeypatch):
     assert [c["reason"] for _, found in curate.list_done("detect", arguments(tmp_path)) for c in found["candidates"]] == ["crashed the decoder"] * 2
 
 
+def test_another_folder_with_the_same_names_is_refused(videos, tmp_path):
+    """Or its clips would take the place of the first one's, without a word."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(videos / "nobody.mp4", tmp_path / folder)
+    a = arguments(tmp_path / "out")
+    curate.run_stage("detect", curate.list_sources(tmp_path / "a", a.out), a)
+    with pytest.raises(UserError, match="a/nobody.mp4 and .*b/nobody.mp4 have one name"):
+        curate.run_stage("detect", curate.list_sources(tmp_path / "b", a.out), a)
+    shutil.rmtree(tmp_path / "a")                                               # it was moved
+    curate.run_stage("detect", curate.list_sources(tmp_path / "b", a.out), a)
+
+
 def test_a_drop_list_takes_clips_away(curated, tmp_path):
     out = tmp_path / "copy"
     shutil.copytree(curated, out)
     before = [p.name for p in out.rglob("*.mp4")]
-    (tmp_path / "drop.txt").write_text("two.mp4\n")
+    (tmp_path / "drop.txt").write_text("two.mp4\nttwo.mp4\n")
     done = subprocess.run([sys.executable, ROOT / "curate.py", "write", "--out", out, "--min-seconds", "1", "--min-side", "120", "--min-clip", "0.3", "--size", "128",
                            "--test", "0.5", "--drop", tmp_path / "drop.txt"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "note: nothing here is ttwo.mp4" in done.stdout and "here is two.mp4" not in done.stdout
     assert sorted(p.name for p in out.rglob("*.mp4")) == sorted(n for n in before if not n.startswith("two-"))
     assert sum(line["reason"] == "on the drop list" for line in data.read_lines([out / "manifest.jsonl"])) == 2
 

@@ -1,6 +1,8 @@
 """The graphs of export.py against the model: TorchScript and ONNX, both forms, all precisions; engines in sample.py."""
 import contextlib
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,6 +143,21 @@ def test_the_demo_by_an_engine(tmp_path, monkeypatch):
         sample.reenact(out=tmp_path / "x.mp4", engine=folder, method="independent")
 
 
+def test_an_export_is_there_after_every_kill(tmp_path, monkeypatch):
+    """Also after one between the two renames that put a new one in its place."""
+    path, replace = tmp_path / "export", os.replace
+    for text in ("old", "new"):
+        with export.atomic_folder(path) as folder:
+            (folder / "file").write_text(text)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(export.os, "replace", lambda a, b: replace(a, b) if b != path else exec("raise KeyboardInterrupt"))
+        with export.atomic_folder(path) as folder:
+            (folder / "file").write_text("newest")
+    with contextlib.suppress(UserError), export.atomic_folder(path) as folder:
+        raise UserError("the next run fails, too")
+    assert (path / "file").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
 def test_what_does_not_fit_is_refused(small_model, engine, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="not an export"):
         export.load_engine(tmp_path)
@@ -149,6 +166,12 @@ def test_what_does_not_fit_is_refused(small_model, engine, tmp_path, monkeypatch
         export.load_engine(folder, "another")
     with pytest.raises(UserError, match="is the export of another model; move it"):
         export.export(small_model, "another", "torchscript", Arguments(tmp_path), CPU)
+    about = json.loads((folder / "manifest.json").read_text())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "manifest.json").write_text(json.dumps(about | dict(config=about["config"] | dict(unknown=1))))
+    with pytest.raises(UserError, match="manifest.json is not a model of ours"):
+        export.load_engine(tmp_path / "other")
+    shutil.rmtree(tmp_path / "other")
     (folder / "rest.ts").write_bytes(b"torn")
     with pytest.raises(UserError, match="rest.ts is missing or not what was written"):
         export.load_engine(folder, "digest")
