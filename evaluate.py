@@ -508,12 +508,15 @@ def clip_vectors(models, images):
 
 def measure_case(case, made, models, nets):
     """All that metrics need of the result `made` (M, h, h, 3) of a case: a dict of arrays."""
-    values = dict(source_clip=clip_vectors(models, case.source[None])[0])
-    if "attributes" in nets:
-        values["source_attributes"] = nets["attributes"](case.source[None])[0]
-    for who, images in dict(made=made, driving=case.driving).items():
+    nets, values = dict(nets), {}
+    read_attributes = nets.pop("attributes", None)  # of CLIP's vectors
+    for who, images in dict(source=case.source[None], made=made, driving=case.driving).items():
+        vectors = values[f"{who}_clip"] = clip_vectors(models, images)
+        if read_attributes:
+            values[f"{who}_attributes"] = read_attributes(vectors)
+        if who == "source":
+            continue
         values[f"{who}_landmarks"] = find_landmarks(models.landmarker, images)
-        values[f"{who}_clip"] = clip_vectors(models, images)
         for name, net in nets.items():
             if who == "made" or name != "hyperiqa":  # which needs no reference
                 values[f"{who}_{name}"] = net(images)
@@ -674,7 +677,7 @@ DIGITS |= {f"{k}: correlation": 2 for k in ("yaw", "mouth", "eyes")}
 
 
 def attribute_nets(a):
-    """{"attributes": function of images (M, h, h, 3)} on the demo's world, else nothing."""
+    """{"attributes": function of CLIP's vectors (M, S)} on the demo's world, else nothing."""
     if a.clips or a.pairs or not (a.out / "world" / "faces").is_dir():
         return {}
     import experiments
@@ -690,7 +693,7 @@ def clip_metrics(r):
         "Expressive-LMSE": lmse(made, driving, data.EXPRESSIVE),
         "LMSE, x and y": lmse(made, driving, axes=2),
         "LMSE, heads laid onto each other": lmse(laid_onto(made, driving), driving),
-        "CSIM": csim(r["source_clip"], r["made_clip"]),
+        "CSIM": csim(r["source_clip"].ravel(), r["made_clip"]),
         "Self-CSIM": self_csim(r["made_clip"], r["driving_clip"]),
     }
     if "made_attributes" in r:

@@ -167,16 +167,16 @@ def random_pairs(a):
 
 
 def attribute_probe(a):
-    """A function of crops (M, h, h, 3) uint8 -> (M, 4): which hair, shirt, background and skin, as
-    numbers, a linear probe reads in their CLIP vectors. It is fitted on the faces of the world. (In
-    latents such a probe is far weaker.)"""
+    """A function of CLIP's vectors (M, S) -> (M, 4): which hair, shirt, background and skin, as
+    numbers, a linear probe reads in them. It is fitted on the faces of the world. (In latents such
+    a probe is far weaker.)"""
     models, path = evaluate.load_models(a.model), a.out / "cache"
     path /= f"probe-{models.sha256[:16]}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     probe = evaluate.read_or_make(path, lambda: fit_probe(models, a.out / "world" / "faces"))
 
-    def read(images):
-        scores = evaluate.clip_vectors(models, images) @ probe["weight"] + probe["bias"]
+    def read(vectors):
+        scores = vectors @ probe["weight"] + probe["bias"]
         parts = np.split(scores, probe["sizes"].cumsum()[:-1], 1)
         return np.stack([part.argmax(1) for part in parts], 1)
 
@@ -294,7 +294,7 @@ def ablation(a, M=24):
     variants = {f"dealt {how}": (how, None, a.steps) for how in ("strided", "random", "contiguous")}
     variants["anchor central"] = "strided", (M - 1) // 2, a.steps
     variants["anchor first"] = "strided", 0, a.steps
-    variants |= {f"{steps} steps": ("strided", None, steps) for steps in (50, 100)}
+    variants["50 steps"] = "strided", None, 50
 
     found = {}
     for name, (how, anchor, steps) in variants.items():

@@ -54,7 +54,7 @@ def server(tmp_path_factory):
     seconds = min(time.monotonic() - began, cpu_seconds(process.pid))      # on a busy machine it waits for others
     yield f"http://127.0.0.1:{port}", folder, seconds
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+    assert process.wait(30) in (0, 128 + signal.SIGTERM)                        # the latter while it still loads models
     assert not list(folder.glob("reenact-*"))
 
 

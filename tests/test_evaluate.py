@@ -372,12 +372,12 @@ def test_probes_read_what_a_person_wears(world, tmp_path, landmarker):
         crop = evaluate.sample.read_source(folder / f"{i:04d}.png", landmarker, models.size, 0)[0]
         face = world.sample_face(np.random.default_rng([experiments.FACES_SEED, i]))
         true = [list(t).index(face[k]) for k, t in dict(hair=world.HAIR, shirt=world.CLOTH, back=world.CLOTH, skin=world.SKIN).items()]
-        right.append(read(crop[None])[0] == true)
+        right.append(read(evaluate.clip_vectors(models, crop[None]))[0] == true)
     assert np.mean(right) > 0.95
 
     points = faces(2)
-    r = dict(made_landmarks=points, driving_landmarks=points, source_clip=np.ones(2), made_clip=np.ones((2, 2)), driving_clip=np.ones((2, 2)))
-    r |= dict(source_attributes=np.array([1, 2, 3, 4]), made_attributes=np.array([[1, 2, 3, 4], [1, 2, 3, 0]]), driving_attributes=np.zeros((2, 4)))
+    r = dict(made_landmarks=points, driving_landmarks=points, source_clip=np.ones((1, 2)), made_clip=np.ones((2, 2)), driving_clip=np.ones((2, 2)))
+    r |= dict(source_attributes=np.array([[1, 2, 3, 4]]), made_attributes=np.array([[1, 2, 3, 4], [1, 2, 3, 0]]), driving_attributes=np.zeros((2, 4)))
     values = evaluate.clip_metrics(r)
     assert values[evaluate.KEPT] == 87.5 and values[evaluate.CHANGES] == 25 and values[f"{evaluate.CHANGES}: of the driving video"] == 0
     a.clips = folder

@@ -191,10 +191,10 @@ def test_resume_is_exact(cache, tmp_path, monkeypatch, capsys):
         with pytest.raises(sdit.UserError, match="trained with another data") if error == 1e-2 else contextlib.nullcontext():
             run(cache, tmp_path / "parts", monkeypatch)
     shutil.copytree(cache, tmp_path / "other")
-    mixed = [f"--data={cache}:0.5", f"{tmp_path / 'other'}:0.5"]
-    run(cache, tmp_path / "mixed", monkeypatch, *mixed)
+    mixed = "--data", f"{cache}:0.5", f"{tmp_path / 'other'}:"
+    run(cache, tmp_path / "mixed", monkeypatch, *mixed[:2], mixed[2] + "0.5")
     with pytest.raises(sdit.UserError, match="trained with another shares"):
-        run(cache, tmp_path / "mixed", monkeypatch, mixed[0], f"{tmp_path / 'other'}:0.1")
+        run(cache, tmp_path / "mixed", monkeypatch, *mixed[:2], mixed[2] + "0.1")
     for state in (tmp_path / "parts").glob("state-*"):
         state.write_bytes(b"")
     with pytest.raises(sdit.UserError, match="every state .* is damaged"):
