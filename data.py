@@ -147,9 +147,8 @@ class Rows(torch.utils.data.Dataset):
             count = min(math.ceil(clips * share), len(there))
             for i in np.linspace(0, len(there) - 1, count).astype(int):
                 clip = self._open(cache, there[i])
-                known = clip.get_tensor("landmarks")  # (frames, 478, 3)
-                few = known[:: max(4, len(known) // 64)]  # of long clips, too
-                points.append(few.flatten(1).float())
+                landmarks = clip.get_tensor("landmarks").flatten(1)  # (frames, 1434)
+                points.append(landmarks[:: max(4, len(landmarks) // 64)].float())
                 scenes.append(clip.get_tensor("scene").float())  # (2, S)
 
         points = torch.cat(points).double()  # (frames, 1434); float32 mixes axes of like variance

@@ -63,9 +63,8 @@ def arguments():
     add("--lambda-ex", positive, 1.0, "extra weight of lips and eyes")
     add("--drop", fraction, 0.1, "probability that a row loses scene and landmarks")
 
-    # optimisation; paper silent on warm-up (none) and on the average of the weights (DiT's decay,
-    # less in the first steps: see `update_ema`). Weight decay is PyTorch's default (paper D:
-    # "default parameter values"); DiT has 0.
+    # optimisation; paper silent on warm-up (none) and average (DiT's decay, see `update_ema`).
+    # Weight decay is PyTorch's default (paper D: "default parameter values"); DiT has 0.
     add("--steps", count, 1_000_000, "of the whole run")
     add("--batch", count, 16, "rows a step, over all processes")
     add("--lr", positive, 6.4e-5, "largest learning rate; cosine to 0")
@@ -102,7 +101,7 @@ def arguments():
 
 
 # These and the model's configuration define a run; a state of another run is not resumed.
-RECIPE = "steps batch lr mapping_lr warmup weight_decay lambda_ex drop ema precision seed".split()
+RECIPE = "steps batch lr mapping_lr warmup weight_decay lambda_ex drop ema precision seed shares"
 
 # --------------------------------------------------------------------------------------------------
 # The loss
@@ -137,10 +136,9 @@ def variational_bound(schedule, x0, xt, predicted, variance_mix, t):
 
 
 def diffusion_loss(model, schedule, batch, t, noise, drop, lambda_ex=1.0):
-    """(weighted squared error (B,), bound (B,)); their sum is minimised: the bound is a sum over
-    1000 steps, and Improved DDPM's weight of it 0.001, so a sampled step has weight 1. batch: of
-    `data.Rows`. t (B,): one for all frames of a row (paper silent). drop (B,): rows that lose their
-    conditions."""
+    """(weighted squared error (B,), bound (B,)); their sum is minimised (Improved DDPM: 0.001 times
+    the bound's 1000 steps). batch: of `data.Rows`. t (B,): one for all frames of a row (paper
+    silent). drop (B,): rows that lose their conditions."""
     x0 = batch["latents"]
     xt = schedule.add_noise(x0, noise, t)
     conditioning = model.mapping(batch["scene"], batch["landmarks"], drop)  # (B, T, D)
@@ -330,9 +328,8 @@ def train(a, rows):
     exactly."""
     device = start_processes()
     a.precision = a.precision or ("bf16" if sdit.has_bf16(device.type) else "fp32")
-    a.recipe = {name: getattr(a, name) for name in RECIPE}
-    if len(rows.shares) > 1:
-        a.recipe["shares"] = rows.shares.tolist()
+    a.shares = rows.shares.tolist() if len(rows.shares) > 1 else None
+    a.recipe = {name: getattr(a, name) for name in RECIPE.split()}
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=a.precision == "bf16")
     torch.manual_seed(a.seed)
 
