@@ -996,7 +996,7 @@ def reenact_pairs(path, models, options):
             print_once(f"{path}, line {i + 2}: {data.describe(e)}; skipped", sys.stderr)
 
     with together():  # or the first to end would end the others
-        print_once(f"{written} of {len(lines)} written")
+        print_once(f"{written} of {len(lines)} are there")
     if written < len(lines):
         raise UserError(
             f"{len(lines) - written} lines of {path} could not be done, for the reasons above",

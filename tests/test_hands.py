@@ -470,7 +470,7 @@ def test_lines_that_need_one_another_under_torchrun(tmp_path, clip):
     shutil.copy(ROOT / "demo" / "source.png", tmp_path / "s.png")
     (tmp_path / "p.csv").write_text("source,driving,out\ns.png,d.mp4,a.mp4\nnone.png,d.mp4,b.mp4\ns.png,a.mp4,c.mp4\ns.png,d.mp4,a.mp4\n")
     done = launched(ROOT / "sample.py", "--pairs", tmp_path / "p.csv", "--steps", "3", "--guidance", "1")
-    assert "2 of 4 written" in done.stdout and "Traceback" not in done.stderr, done.stderr
+    assert "2 of 4 are there" in done.stdout and "Traceback" not in done.stderr, done.stderr
     assert done.returncode == -signal.SIGUSR1, done.stderr
     assert [done.stderr.count(text) for text in ("line 3: no such file", "line 5: ", "line 4 reads it", "error: 2 lines of")] == [1] * 4, done.stderr
     assert sorted(p.name for p in tmp_path.glob("*")) == ["a.mp4", "c.mp4", "d.mp4", "p.csv", "s.png"]

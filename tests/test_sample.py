@@ -425,7 +425,7 @@ def test_pairs_with_text_faces_and_bad_lines(world, tmp_path, clip, monkeypatch,
         data.run_main(sample.main)
     shown = capsys.readouterr()
     assert leave.value.code == 1                                                # some were written
-    assert "line 3: no such file" in shown.err and "line 6: source is missing" in shown.err and "3 of 5 written" in shown.out and "driving.mp4 shows 2 faces; number 0 by size" in shown.out
+    assert "line 3: no such file" in shown.err and "line 6: source is missing" in shown.err and "3 of 5 are there" in shown.out and "driving.mp4 shows 2 faces; number 0 by size" in shown.out
     made = [frames_of(tmp_path / name) for name in ("made/a.mp4", "c.mp4", "d.mp4")]
     assert all(abs(made[i] - made[j]).mean() > 1 for i, j in ((0, 1), (0, 2), (1, 2)))      # picture, sentence, both
     options = dict(driving=tmp_path / "driving.mp4", source=tmp_path / "source.png", model=sample.load_models(), steps=1, only="0:4")
