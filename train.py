@@ -374,13 +374,14 @@ def train(a, rows):
             if run.stopping:
                 break
 
-    if run.stopping and step + 1 < a.steps and a.rank == 0:
+    unfinished = run.stopping and step + 1 < a.steps
+    if unfinished and a.rank == 0:
         by = signal.Signals(run.signals[0]).name if run.signals else "another process"
         print(f"stopped by {by}; saved after step {step + 1}; the same command goes on")
     if a.world > 1:
         dist.barrier()  # rank 0 may still be writing
         dist.destroy_process_group()
-    elif run.signals:
+    elif unfinished:
         sys.exit(128 + run.signals[0])  # `train.py && ...` stops, too
 
 

@@ -209,6 +209,9 @@ def test_ctrl_c_saves_and_logs(cache, tmp_path, monkeypatch, capsys):  # noqa: F
     run(cache, tmp_path / "parts", monkeypatch, "--save-minutes", "9", "--log-every", "9")
     assert same(tmp_path / "whole", tmp_path / "parts") and not list((tmp_path / "parts").glob(".*"))
     assert [json.loads(line)["step"] for line in open(tmp_path / "parts" / "log.jsonl")] == [2, 4]        # the end, too
+    with monkeypatch.context() as m:                                            # at the last step: it is finished, not stopped
+        m.setattr(train, "sample_noise", lambda seed, step, *rest: interrupted(seed, step - 2, *rest))
+        run(cache, tmp_path / "late", monkeypatch, "--save-minutes", "9", "--log-every", "9")
 
 
 def test_a_worker_ends_with_its_parent(tmp_path):
