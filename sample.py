@@ -549,7 +549,7 @@ def sample_rows(model, rows, numbers, conditions, settings):
 
     def inputs(chunk, slots):
         """(noise, frames, conditions) of some rows; noise is in float32 at least."""
-        frames = rows[chunk][:, slots]
+        frames = rows[np.ix_(chunk, slots)]  # contiguous, and so is all that it picks
         dtype = torch.promote_types(conditions[0].dtype, torch.float32)
         x = data.send(frame_noise(settings.seed, frames, shape).to(dtype), device)
         frame_index = data.send(torch.from_numpy(frames), device)

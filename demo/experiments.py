@@ -3,7 +3,7 @@
 world      OUT/world: rendered people: clips, pictures, true reenactments, pairs.csv, and faces
 pairs      OUT/pairs.csv: random pairs of one's own clips and pictures
 long       videos of up to 1,000 frames: do they stay consistent?
-ablation   how frames are dealt to rows, which frame is the anchor, how many steps
+ablation   how frames are dealt to rows, which frame is the anchor
 scenes     Table 2 and Fig. 14: scene recognition
 guidance   Fig. 7: impact of the guidance signals, on small denoisers that are trained for it
 figures    Figs. 1, 4, 6 and 20: pictures
@@ -41,8 +41,9 @@ from sdit import NoiseSchedule, UserError
 # Test sets. Their seeds are unseen in training
 
 WORLD = 144  # pixels of rendered frames, a little more than the model sees
-FACES = 2500  # people, one picture each, for probes and denoisers
-FACES_SEED, SCENES_SEED, LONG_SEED = 2_500_000, 3_000_000, 3_500_000
+FRAMES = 72  # of a clip: 24 at 8 a second, and a source
+FACES = 2000  # people, one picture each, for probes and denoisers
+FACES_SEED, LONG_SEED = 2_500_000, 3_500_000
 
 
 def load_world():
@@ -62,7 +63,7 @@ def render_pair(root, i):
         return
     rng = np.random.default_rng([2_000_000, i])
     driver, person = world.sample_face(rng), world.sample_face(rng)
-    motion, still = world.sample_motion(rng, 80), world.sample_motion(rng, 1)
+    motion, still = world.sample_motion(rng, FRAMES), world.sample_motion(rng, 1)
     picture = world.render_clip(person, still, WORLD)[0]
     Image.fromarray(picture).save(root / "pictures" / f"{i:04d}.png")
     write_video(root / "clips" / f"{i:04d}.mp4", world.render_clip(driver, motion, WORLD))
@@ -112,13 +113,12 @@ def render_all(jobs):
 
 def render_world(a, more=False):
     """OUT/world: `--n` pairs, and a picture each of many other people. With `more` clips for
-    `scenes` and for `long`."""
+    `long`."""
     root = a.out / "world"
     for folder in ("clips", "pictures", "truth"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     jobs = {(render_pair, root): a.n, (render_face, root / "faces"): FACES}
     if more:
-        jobs[render_sample, root / "many", SCENES_SEED, 32] = 128
         jobs[render_sample, root / "long", LONG_SEED, LONGEST + 1] = 3
     render_all(jobs)
 
@@ -264,7 +264,7 @@ def periodicity(x, shortest=8):
 
 
 # --------------------------------------------------------------------------------------------------
-# Not in the paper: how frames are dealt to rows, which frame is the anchor, how many steps
+# Not in the paper: how frames are dealt to rows, which frame is the anchor
 
 
 def deal_frames(M, T, how, anchor=None, seed=0):
@@ -291,19 +291,17 @@ def deal_frames(M, T, how, anchor=None, seed=0):
 
 def ablation(a, M=24):
     files, T = evaluate.list_clips(a), evaluate.load_models(a.model).sdit.config.frames
-    variants = {f"dealt {how}": (how, None, a.steps) for how in ("strided", "random", "contiguous")}
-    variants["anchor central"] = "strided", (M - 1) // 2, a.steps
-    variants["anchor first"] = "strided", 0, a.steps
-    variants["50 steps"] = "strided", None, 50
+    variants = {f"dealt {how}": (how, None) for how in ("strided", "random", "contiguous")}
+    variants["anchor first"] = "strided", 0
 
     found = {}
-    for name, (how, anchor, steps) in variants.items():
+    for name, (how, anchor) in variants.items():
 
         def plan(number):
             return deal_frames(M, T, how, anchor, a.seed + number)
 
         title = f"ablation, {name}"
-        found[name] = evaluate.measure_videos(a, title, files, M, plan=plan, steps=steps)
+        found[name] = evaluate.measure_videos(a, title, files, M, plan=plan)
 
     digits = {"Self-CSIM": 3, "LMSE": 1, "Expressive-LMSE": 1}
     scores = {}  # variant -> (3 metrics, clips)
@@ -317,13 +315,13 @@ def ablation(a, M=24):
         row = [with_interval(s, n) for s, n in zip(score, digits.values())]
         gaps = [with_interval(s, n) for s, n in zip((score - base)[:2], digits.values())]
         if name == "dealt strided":
-            name, gaps = f"{name} (as planned, {a.steps} steps)", ["", ""]
+            name, gaps = f"{name} (as planned)", ["", ""]
         rows.append([name, count, *row, *gaps])
 
     gaps = [f"{metric} minus the first line's" for metric in list(digits)[:2]]
     note = f"{base.shape[1]} self-reenactments of {M} frames; differences video by video."
     header = ["", "rows", *digits, *gaps]
-    evaluate.write_table(a, "ablation", "Dealing, anchor, steps", header, rows, [note])
+    evaluate.write_table(a, "ablation", "Dealing and anchor", header, rows, [note])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -728,10 +726,10 @@ def run_all(a):
         run("evaluate.py", command, *given, *arguments)
 
     models, _ = evaluate.load_models(a.model), evaluate.attribute_nets(a)  # which all parts share
-    few, many = ("--n", min(a.n, 30)), ("--clips", root / "many", "--n", 128)
-    parts = [[run_guidance], [run_part, "length", *few], [run_part, "long"]]
+    parts = [[run_guidance], [run_part, "length", "--n", min(a.n, 24)], [run_part, "long"]]
     parts += [[run_part, "ablation", "--n", min(a.n, 16)], [run_part, "same", "--n", a.n]]
-    parts += [[run_part, "cross", "--n", a.n], [run_part, "scenes", *many], [run_part, "figures"]]
+    parts += [[run_part, "cross", "--n", a.n], [run_part, "figures"]]
+    parts += [[run_part, "scenes", "--clips", root]]  # drivers, and the truth: as many others
     with ending(ThreadPoolExecutor(lanes), children) as pool:  # the longest first
         tasks = [pool.submit(*part) for part in parts]
         for task in tqdm(as_completed(tasks), "parts", len(tasks), unit="part", disable=None):
