@@ -238,7 +238,8 @@ class PatchEmbed(nn.Module):
     def forward(self, latents):
         B, T = latents.shape[:2]  # of (B, T, C, H, W)
         x = self.proj(latents.flatten(0, 1))  # (BT, D, H / p, W / p)
-        return x.flatten(2).transpose(1, 2).unflatten(0, (B, T))  # (B, T, N, D)
+        x = x.flatten(2).transpose(1, 2).unflatten(0, (B, T))  # (B, T, N, D)
+        return x.contiguous()  # or every sum of the blocks would be laid out as the convolution is
 
 
 class TimestepEmbedder(nn.Module):
