@@ -78,6 +78,19 @@ def tree(out):
 
 
 @pytest.fixture(scope="session")
+def few_videos(tmp_path_factory):
+    """What a comparison of whole runs needs: clips, of two people, and rejections."""
+    folder = tmp_path_factory.mktemp("few")
+    one, two = shot(1), shot(2)
+    write_video(folder / "cut.mp4", np.concatenate([one, two]), RATE)
+    write_video(folder / "first.mp4", one, RATE)
+    write_video(folder / "nobody.mp4", background(30), RATE)
+    write_video(folder / "second.mp4", two, RATE)
+    (folder / "text.mp4").write_text("not a video")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def curated(videos, tmp_path_factory):
     out = tmp_path_factory.mktemp("curated")
     done = subprocess.run(run(videos, out), capture_output=True, text=True)
