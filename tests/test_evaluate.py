@@ -384,7 +384,7 @@ def test_probes_read_what_a_person_wears(world, tmp_path, landmarker):
     assert not evaluate.attribute_nets(a)
 
 
-def test_the_whole_evaluation_runs_every_part(tmp_path, monkeypatch, capsys):
+def test_the_whole_evaluation_runs_every_part(tmp_path, monkeypatch, capsys, landmarker):
     """Its commands are understood, and a part that fails is named, with its last lines."""
     seen, lock = [], threading.Lock()
 
