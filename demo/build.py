@@ -61,6 +61,7 @@ class Recipe:
     autoencoder_steps: int = 10_000
     clip_steps: int = 4000
     unseen: int = 1200  # faces that CLIP is tested on
+    example: int = 48  # frames of the driving video that is shipped
     processes: int = 2 if device == "cpu" and os.cpu_count() > 1 else 1  # of the sDiT's training
     # of the sDiT: frames, steps, rows a step, learning rate, share of rows with a caption's vector
     runs: tuple = ((4, 25_585, 512, 2e-3, 0), (4, 26_946, 512, 1e-3, 0.15))
@@ -722,7 +723,7 @@ def build_shipped(recipe):
     sdit.save_model(out / "sdit.safetensors", sdit.load_model(last), torch.float16)
 
     source, *_ = world.sample_clip(SOURCE_SEED, 1, 256)
-    driving, *_ = world.sample_clip(DRIVING_SEED, 48, 256)
+    driving, *_ = world.sample_clip(DRIVING_SEED, recipe.example, 256)
     imageio.imwrite(out / "source.png", source[0])
     imageio.imwrite(out / "driving.mp4", driving, fps=24, codec="libx264", plugin="pyav")
 
@@ -734,7 +735,7 @@ def build_pictures(recipe):
     model = out / "sdit.safetensors"
     sample.reenact(out / "source.png", out / "driving.mp4", made, model=model, compare=True)
     compared = data.Video(made.with_stem("reenacted-compare"))
-    frames = np.stack(list(compared))  # (48, 256, 768, 3): source, driving, result
+    frames = np.stack(list(compared))  # (frames, 256, 768, 3): source, driving, result
 
     first, *others = map(Image.fromarray, frames)
     moving = dict(save_all=True, append_images=others, duration=1000 / 24, loop=0)

@@ -1,18 +1,24 @@
-"""Short trainings at equal time, to choose the demo's recipe: how well does each variant predict
-the clean latents of unseen people?
+"""Short trainings at equal time, to choose the demo's recipe.
 
-    python demo/recipes.py --minutes 6                   # every variant below, one after the other
-    python demo/recipes.py --minutes 6 base muon         # only these
+    python demo/recipes.py --minutes 3                   # every variant of the sDiT, one by one
+    python demo/recipes.py --minutes 3 base muon         # only these
+    python demo/recipes.py --minutes 8 pictures-128 pictures-128-absolute pictures-64
 
-Each line: the error of the predicted clean latents of held-out clips, divided by their variance (1
-is guessing the mean), at six timesteps; in brackets the same with the landmarks of other clips, and
-with the scenes of other clips: what these add is what the model takes from them. Time is the
+The first --clips clips of build.py are rendered for them, into demo/build/recipes/. Of the sDiT, in
+the latents of the bundled autoencoder, each line is the error of the predicted clean latents of
+unseen people, divided by their variance (1 is guessing the mean), at six timesteps; in brackets the
+same with the landmarks of other clips, and with the scenes of other clips: what these add is what
+the model takes from them.
+
+Of pictures each line is an autoencoder of that size, trained for the same time, with and without
+its perceptual term; then an sDiT in its latents, whose predictions are decoded. Time is the
 processor's own, so that other work on the machine does not count.
 """
 
 import argparse
 import copy
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -20,15 +26,19 @@ from pathlib import Path
 DEMO = Path(__file__).resolve().parent
 sys.path[:0] = [str(DEMO.parent), str(DEMO)]
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+import build
 import data
+import evaluate
 import sdit
 import train
 
 TIMESTEPS = (100, 300, 500, 700, 850, 950)
 HELD_OUT = 160  # clips
+FRAME = 5  # of these that is shown, of `pictures`
 BASE = dict(
     frames=1,
     batch=16,
@@ -59,6 +69,13 @@ VARIANTS = {
     "frames-4": dict(frames=4, batch=8),
     "frames-8": dict(frames=8, batch=4),
 }
+# Autoencoders, all with 16 x 16 latents: pixels, widths of the levels, whether features count
+WIDTHS = build.AUTOENCODER.widths
+PICTURES = {
+    "pictures-128": (128, WIDTHS, True),
+    "pictures-128-absolute": (128, WIDTHS, False),
+    "pictures-64": (64, (WIDTHS[0], *WIDTHS[2:]), True),
+}
 
 
 def build_optimizers(model, v):
@@ -86,22 +103,27 @@ def build_optimizers(model, v):
 
 
 @torch.no_grad()
+def predictions(model, batch, schedule, scene, landmarks):
+    """Yield (timestep, clean latents that the model predicts) for each of TIMESTEPS."""
+    x0 = batch["latents"]
+    for step in TIMESTEPS:
+        t = torch.full((len(x0),), step)
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(step))
+        xt = schedule.add_noise(x0, noise, t)
+        predicted = model(xt, t, model.mapping(scene, landmarks)).chunk(2, 2)[0]
+        yield step, schedule.predict_x0(xt, predicted, t)
+
+
 def measure_errors(model, batch, schedule):
     """For each of TIMESTEPS: error of x0 over its variance with the right conditions, with others'
     landmarks, with others' scenes."""
     x0, scene, landmarks = batch["latents"], batch["scene"], batch["landmarks"]
     other = torch.arange(len(x0)).roll(len(x0) // 2 + 1)
     conditions = (scene, landmarks), (scene, landmarks[other]), (scene[other], landmarks)
-    errors = {}
-    for step in TIMESTEPS:
-        t = torch.full((len(x0),), step)
-        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(step))
-        xt = schedule.add_noise(x0, noise, t)
-        errors[step] = []
-        for condition in conditions:
-            predicted = model(xt, t, model.mapping(*condition)).chunk(2, 2)[0]
-            error = F.mse_loss(schedule.predict_x0(xt, predicted, t), x0) / x0.var()
-            errors[step].append(error.item())
+    errors = {step: [] for step in TIMESTEPS}
+    for condition in conditions:
+        for step, clean in predictions(model, batch, schedule, *condition):
+            errors[step].append((F.mse_loss(clean, x0) / x0.var()).item())
     return errors
 
 
@@ -116,8 +138,7 @@ def split_rows(cache, frames, seed):
 
 
 def train_variant(v, cache, minutes, seed=0):
-    """(errors, rows of training seen, millions of parameters) after so many minutes of the
-    processor."""
+    """(average model, test batch, rows of training seen) after so many minutes of the processor."""
     rows, test = split_rows(cache, v.frames, seed)
     torch.manual_seed(seed)
     sdit.DEMO_SIZE |= dict(width=v.width, depth=v.depth, heads=v.heads)
@@ -126,8 +147,7 @@ def train_variant(v, cache, minutes, seed=0):
     schedule, optimizers = sdit.NoiseSchedule(), build_optimizers(model, v)
     shape = (v.batch, *test["latents"].shape[1:])
 
-    began, step, progress = time.process_time(), 0, 0.0
-    while progress < 1:
+    for step, progress in steps_for(minutes):
         numbers = range(step * v.batch, (step + 1) * v.batch)
         batch = torch.utils.data.default_collate([rows[n] for n in numbers])
         t, noise, drop = train.sample_noise(seed, step, shape, 0.1)
@@ -142,29 +162,146 @@ def train_variant(v, cache, minutes, seed=0):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         train.update_ema(ema, model, step, v.ema)
+    return ema, test, (step + 1) * v.batch
+
+
+def steps_for(minutes):
+    """Yield (step, progress from 0 to 1) until so many minutes of the processor are spent."""
+    began, step, progress = time.process_time(), 0, 0.0
+    while progress < 1:
+        yield step, progress
         step += 1
         progress = (time.process_time() - began) / 60 / minutes
 
+
+def try_variant(name, a):
+    """Train a variant of the sDiT in the latents of the bundled autoencoder; print its line."""
+    v = argparse.Namespace(**BASE | VARIANTS[name])
+    model, test, seen = train_variant(v, a.folder / "cache", a.minutes)
+    errors = measure_errors(model, test, sdit.NoiseSchedule())
     million = sum(p.numel() for p in model.parameters()) / 1e6
-    return measure_errors(ema, test, schedule), step * v.batch, million
+    cells = "".join(f"{x[0]:8.4f} ({x[1]:.3f} {x[2]:.3f})" for x in errors.values())
+    print(f"{name:12} {million:7.2f} {seen:6d} {cells}", flush=True)
+    found = dict(variant=name, minutes=a.minutes, rows=seen, million=million, errors=errors)
+    print(json.dumps(found), file=sys.stderr, flush=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def resized(pictures, size):
+    """(n, h, h, 3) uint8 at another size."""
+    return np.stack([data.resize(picture, size) for picture in pictures])
+
+
+def train_autoencoder(recipe, pixels, landmarks, widths, perceptual, minutes):
+    """AUTOENCODER in the recipe's folder, by `build.autoencoder_loss`, on frames (n, h, h, 3).
+    Returns the number of steps."""
+    torch.manual_seed(0)
+    config = dict(vars(build.AUTOENCODER), widths=widths)
+    model = sdit.AutoencoderKL(sdit.AutoencoderConfig(**config))
+    model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
+    for step, progress in steps_for(minutes):
+        build.set_learning_rate(optimizer, 1.5e-3, progress)
+        images, mask = build.autoencoder_batch(pixels, landmarks, recipe.size, step, 8)
+        kl, cell = 1e-4 * (1 - progress) ** 2 + 1e-6, 2 if step % 4 == 0 else 0
+        loss, _ = build.autoencoder_loss(model, perceptual, images, mask, cell, kl)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    sdit.save_model(recipe.folder / "autoencoder-unfinished.safetensors", model)
+    return step + 1
+
+
+def read_frames(cache, clips, number):
+    """A batch of rows of one frame, that of this number, of some clips."""
+    names = data.read_json(cache / "index.json")["clips"]
+    rows = []
+    for clip in clips:
+        record, _ = sdit.read_tensors(cache / names[clip][0])
+        latents, landmarks = (record[k][number][None].float() for k in ("latent", "landmarks"))
+        rows.append(dict(latents=latents, landmarks=landmarks, scene=record["scene"][1].float()))
+    return torch.utils.data.default_collate(rows)
+
+
+@torch.no_grad()
+def try_pictures(name, a):
+    """Train an autoencoder, then the base variant in its latents; print what both can do."""
+    size, widths, features = PICTURES[name]
+    recipe = build.Recipe(a.folder / name, a.clips, more=0, mirrored=False, size=size)
+    (recipe.folder / "clips").mkdir(parents=True, exist_ok=True)
+    shutil.copy(DEMO / "clip.safetensors", recipe.folder)
+    pixels, landmarks = build.load_clips(a.clips, a.folder, "pixels", "landmarks")
+    for number in range(a.clips):
+        path = f"clips/{number:06d}.npz"
+        with np.load(a.folder / path) as clip:
+            smaller = dict(clip, pixels=resized(clip["pixels"], size))
+        np.savez(recipe.folder / path, **smaller)
+
+    seen = slice(a.clips - HELD_OUT - data.HELD_OUT)
+    unseen = range(a.clips)[seen.stop :][:HELD_OUT]
+    frames = resized(pixels[seen].reshape(-1, *pixels.shape[2:]), size)
+    distance = build.Perceptual()
+    perceptual = distance if features else lambda output, images: 0.0
+    with torch.enable_grad():
+        points = landmarks[seen].reshape(-1, *landmarks.shape[2:])
+        steps = train_autoencoder(recipe, frames, points, widths, perceptual, a.minutes)
+    truth = pixels[unseen, FRAME]  # (HELD_OUT, 128, 128, 3)
+    test = data.to_tensor(resized(truth, size))
+    build.finish_autoencoder(recipe, data.to_tensor(frames[:: len(frames) // 512]), test)
+    autoencoder = sdit.load_autoencoder(recipe.folder / "autoencoder.safetensors")
+
+    # what it keeps, at 128 pixels
+    decoded = resized(data.to_images(autoencoder.decode(autoencoder.encode(test))), 128)
+    landmarker = data.FaceLandmarker()
+    both = [evaluate.find_landmarks(landmarker, images) for images in (decoded, truth)]
+    x, y = map(data.to_tensor, (decoded, truth))
+    kept = dict(steps=steps, psnr=evaluate.psnr(x, y), perceptual=distance(x, y).item())
+    kept["expressive_lmse"] = evaluate.lmse(*both, data.EXPRESSIVE)
+    kept["missed"] = float(1 - evaluate.has_face(both[0]).mean())
+
+    # what the sDiT predicts in its latents, at 64 pixels
+    build.build_cache(recipe)
+    v = argparse.Namespace(**BASE)
+    with torch.enable_grad():
+        model, _, rows = train_variant(v, recipe.folder / "cache", a.minutes)
+    batch = read_frames(recipe.folder / "cache", unseen, FRAME)
+    small, schedule = data.to_tensor(resized(truth, 64)), sdit.NoiseSchedule()
+    errors = {}
+    for step, clean in predictions(model, batch, schedule, batch["scene"], batch["landmarks"]):
+        images = data.to_images(autoencoder.decode(clean[:, 0]))
+        errors[step] = evaluate.psnr(data.to_tensor(resized(images, 64)), small)
+    kept |= dict(rows=rows, predicted=errors)
+    print(f"{name}: {json.dumps(kept)}", flush=True)
 
 
 def main():
     parser = data.Parser(__doc__)
-    parser.add_argument("variants", nargs="*", choices=[[], *VARIANTS], help="default: all")
-    parser.add_argument("--cache", default=DEMO / "build" / "cache", help="that of build.py")
-    parser.add_argument("--minutes", type=float, default=6, help="for each variant")
+    known = [*VARIANTS, *PICTURES]
+    parser.add_argument("variants", nargs="*", choices=[[], *known], help="default: of the sDiT")
+    parser.add_argument("--clips", type=data.number(int, 320), default=1200, help="rendered clips")
+    parser.add_argument("--minutes", type=float, default=6, help="for each training")
     a = parser.parse_args()
+    a.folder = DEMO / "build" / "recipes"
+
+    recipe = build.Recipe(a.folder, a.clips, more=0, mirrored=False)
+    if not all((a.folder / f"clips/{n:06d}.npz").exists() for n in recipe.all_clips):
+        build.build_clips(recipe)
+    if not (a.folder / "cache" / "index.json").exists():
+        for name in ("autoencoder", "clip"):
+            shutil.copy(DEMO / f"{name}.safetensors", a.folder)
+        build.build_cache(recipe)
 
     torch.set_num_threads(1)
     print(f"{'':12} million  rows  " + "".join(f"{f't = {t}':>22}" for t in TIMESTEPS))
     for name in a.variants or VARIANTS:
-        v = argparse.Namespace(**BASE | VARIANTS[name])
-        errors, seen, million = train_variant(v, a.cache, a.minutes)
-        cells = "".join(f"{x[0]:8.4f} ({x[1]:.3f} {x[2]:.3f})" for x in errors.values())
-        print(f"{name:12} {million:7.2f} {seen:6d} {cells}", flush=True)
-        found = dict(variant=name, minutes=a.minutes, rows=seen, million=million, errors=errors)
-        print(json.dumps(found), file=sys.stderr, flush=True)
+        if name in VARIANTS:
+            try_variant(name, a)
+        else:
+            try_pictures(name, a)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ import sdit
 from sdit import UserError
 
 
-@both_predictions
+# v becomes noise behind the blocks, in all forms alike (see test_graphs_in_float64): one form with it is enough
+@pytest.mark.parametrize("small_model, form", [("epsilon", "override"), ("epsilon", "packed"), ("epsilon", "rest"), ("v", "packed")], indirect=["small_model"])
 @pytest.mark.parametrize("kind", ["onnx", "torchscript"])
-@pytest.mark.parametrize("form", ["override", "packed", "rest"])
 def test_float32_graphs_equal_the_model(small_model, onnx_graph, tmp_path, form, kind):
     path = onnx_graph(small_model, form, "fp32") if kind == "onnx" else export.write_torchscript(export.build_graph(small_model, form), form, tmp_path)
     if kind == "onnx":

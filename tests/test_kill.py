@@ -2,13 +2,13 @@
 import subprocess
 import time
 
-from test_train import cache, command, same  # noqa: F401 (a fixture)
+from test_train import cache, command, run, same  # noqa: F401 (a fixture)
 
 
-def test_killed_at_any_moment(cache, tmp_path):  # noqa: F811
+def test_killed_at_any_moment(cache, tmp_path, monkeypatch):  # noqa: F811
     """kill -9 a little later each time, also while a state is written: the final weights are those of an undisturbed run."""
     settings = "--batch", "2", "--steps", "12", "--save-minutes", "0"
-    subprocess.run(command(cache, tmp_path / "whole", *settings), check=True, capture_output=True)
+    run(cache, tmp_path / "whole", monkeypatch, *settings, "--preview", "0")
     kills = 0
     for seconds in (0.1, 0.5, None):
         process = subprocess.Popen(command(cache, tmp_path / "parts", *settings), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
