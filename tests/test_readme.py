@@ -38,7 +38,8 @@ def smallest(command):
 
 def run(commands, folder):
     """One after the other, in one process, which loads PyTorch once. A video that one makes is kept as FOLDER/N.mp4."""
-    code = """import json, os, runpy, sys
+    code = """import json, os, runpy, sys, sdit
+sdit.DEMO_SIZE["depth"] = 1  # the export of six blocks takes most of a minute
 for n, sys.argv in enumerate(json.loads(sys.argv[1])):
     runpy.run_path(sys.argv[0], run_name='__main__')
     if os.path.exists("reenacted.mp4"):
