@@ -2,7 +2,7 @@
 
     python demo/recipes.py --minutes 3                   # every variant of the sDiT, one by one
     python demo/recipes.py --minutes 3 base muon         # only these
-    python demo/recipes.py --minutes 8 pictures-128 pictures-128-absolute pictures-64
+    python demo/recipes.py --minutes 4 pictures-128 pictures-128-absolute pictures-64
 
 The first --clips clips of build.py are rendered for them, into demo/build/recipes/. Of the sDiT, in
 the latents of the bundled autoencoder, each line is the error of the predicted clean latents of
@@ -10,8 +10,8 @@ unseen people, divided by their variance (1 is guessing the mean), at six timest
 same with the landmarks of other clips, and with the scenes of other clips: what these add is what
 the model takes from them.
 
-Of pictures each line is an autoencoder of that size, trained for the same time, with and without
-its perceptual term; then an sDiT in its latents, whose predictions are decoded. Time is the
+Of pictures each line is an autoencoder of that size, with its perceptual term or without, trained
+for three times as long; then an sDiT in its latents, whose predictions are decoded. Time is the
 processor's own, so that other work on the machine does not count.
 """
 
@@ -248,7 +248,7 @@ def try_pictures(name, a):
     perceptual = distance if features else lambda output, images: 0.0
     with torch.enable_grad():
         points = landmarks[seen].reshape(-1, *landmarks.shape[2:])
-        steps = train_autoencoder(recipe, frames, points, widths, perceptual, a.minutes)
+        steps = train_autoencoder(recipe, frames, points, widths, perceptual, 3 * a.minutes)
     truth = pixels[unseen, FRAME]  # (HELD_OUT, 128, 128, 3)
     test = data.to_tensor(resized(truth, size))
     build.finish_autoencoder(recipe, data.to_tensor(frames[:: len(frames) // 512]), test)
