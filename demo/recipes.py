@@ -2,7 +2,7 @@
 
     python demo/recipes.py --minutes 3                   # every variant of the sDiT, one by one
     python demo/recipes.py --minutes 3 base muon         # only these
-    python demo/recipes.py --minutes 4 pictures-128 pictures-128-absolute pictures-64
+    python demo/recipes.py --minutes 4 pictures-128 pictures-64 pictures-64-absolute
 
 The first --clips clips of build.py are rendered for them, into demo/build/recipes/. Of the sDiT, in
 the latents of the bundled autoencoder, each line is the error of the predicted clean latents of
@@ -11,8 +11,9 @@ same with the landmarks of other clips, and with the scenes of other clips: what
 the model takes from them.
 
 Of pictures each line is an autoencoder of that size, with its perceptual term or without, trained
-for three times as long; then an sDiT in its latents, whose predictions are decoded. Time is the
-processor's own, so that other work on the machine does not count.
+for three times as long (pictures-bundled: the bundled one); then an sDiT in its latents, whose
+predictions are decoded. Time is the processor's own, so that other work on the machine does not
+count.
 """
 
 import argparse
@@ -73,8 +74,9 @@ VARIANTS = {
 WIDTHS = build.AUTOENCODER.widths
 PICTURES = {
     "pictures-128": (128, WIDTHS, True),
-    "pictures-128-absolute": (128, WIDTHS, False),
     "pictures-64": (64, (WIDTHS[0], *WIDTHS[2:]), True),
+    "pictures-64-absolute": (64, (WIDTHS[0], *WIDTHS[2:]), False),
+    "pictures-bundled": (128, None, True),
 }
 
 
@@ -244,14 +246,17 @@ def try_pictures(name, a):
     seen = slice(a.clips - HELD_OUT - data.HELD_OUT)
     unseen = range(a.clips)[seen.stop :][:HELD_OUT]
     frames = resized(pixels[seen].reshape(-1, *pixels.shape[2:]), size)
-    distance = build.Perceptual()
-    perceptual = distance if features else lambda output, images: 0.0
-    with torch.enable_grad():
-        points = landmarks[seen].reshape(-1, *landmarks.shape[2:])
-        steps = train_autoencoder(recipe, frames, points, widths, perceptual, 3 * a.minutes)
     truth = pixels[unseen, FRAME]  # (HELD_OUT, 128, 128, 3)
     test = data.to_tensor(resized(truth, size))
-    build.finish_autoencoder(recipe, data.to_tensor(frames[:: len(frames) // 512]), test)
+    distance, steps = build.Perceptual(), 0
+    if widths:
+        perceptual = distance if features else lambda output, images: 0.0
+        with torch.enable_grad():
+            points = landmarks[seen].reshape(-1, *landmarks.shape[2:])
+            steps = train_autoencoder(recipe, frames, points, widths, perceptual, 3 * a.minutes)
+        build.finish_autoencoder(recipe, data.to_tensor(frames[:: len(frames) // 512]), test)
+    else:
+        shutil.copy(DEMO / "autoencoder.safetensors", recipe.folder)
     autoencoder = sdit.load_autoencoder(recipe.folder / "autoencoder.safetensors")
 
     # what it keeps, at 128 pixels
