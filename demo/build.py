@@ -95,7 +95,7 @@ QUICK = Recipe(
     autoencoder_steps=500,
     clip_steps=150,
     unseen=80,
-    runs=((1, 3000, 16, 2.4e-3, 0), (4, 600, 8, 1e-3, 0.15)),
+    runs=((1, 1200, 32, 3e-3, 0), (4, 250, 16, 1.4e-3, 0.15)),
 )
 
 AUTOENCODER = sdit.AutoencoderConfig(
