@@ -658,18 +658,17 @@ def plot(run):
     steps = sorted(entries)
 
     figure = Figure(figsize=(7, 8), layout="constrained")
-    loss, *others = figure.subplots(3, sharex=True)
+    loss, rate, speed = figure.subplots(3, sharex=True)
     quarters = [entries[step]["quarters"] for step in steps]
     for i, quarter in enumerate(zip(*quarters)):
         first = NoiseSchedule.steps * i // 4
         loss.plot(steps, quarter, label=f"t from {first}")
     loss.set(ylabel="weighted squared error", yscale="log")
     loss.legend()
-    names = ("lr", "learning rate"), ("rows_per_s", "rows a second")
-    for axes, (name, label) in zip(others, names):
+    for axes, name, label in (rate, "lr", "learning rate"), (speed, "rows_per_s", "rows a second"):
         axes.plot(steps, [entries[step][name] for step in steps])
         axes.set(ylabel=label, ylim=(0, None))
-    others[-1].set(xlabel="step")
+    speed.set(xlabel="step")
 
     with sdit.atomic(run / "log.png") as temporary:
         figure.savefig(temporary, dpi=120)
