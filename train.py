@@ -574,9 +574,7 @@ def newest_state(out):
 
 def load_state(out, model, ema, optimizer, recipe):
     """Fill all three from the newest state, which rank 0 chooses; returns its step, or 0."""
-    chosen = [None]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        chosen = [newest_state(out)]
+    chosen = [newest_state(out) if data.ranks()[0] == 0 else None]
     if dist.is_initialized():
         dist.broadcast_object_list(chosen)
     path = chosen[0]
@@ -588,8 +586,7 @@ def load_state(out, model, ema, optimizer, recipe):
     means = [s.pop("scene_mean") for s in (saved, settings)]
     differ = [k for k, v in settings.items() if v != saved.get(k) and f"{k}_sha256" not in settings]
     changed = [f"{k} ({saved.get(k)}, now {settings[k]})" for k in differ]
-    # another processor rounds differently
-    if len(means[0]) != len(means[1]) or not all(abs(x - y) < 1e-4 for x, y in zip(*means)):
+    if any(abs(x - y) >= 1e-4 for x, y in zip(*means)):  # another processor rounds differently
         changed.append("data")
     if changed:
         raise UserError(
