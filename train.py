@@ -270,8 +270,7 @@ def build_networks(a, rows, device):
         for buffer in model.buffers():  # signs of principal components differ between machines
             dist.broadcast(buffer, 0)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = build_optimizer(model, a.lr, a.mapping_lr, a.weight_decay)
-    networks = model, ema, optimizer
+    networks = model, ema, build_optimizer(model, a.lr, a.mapping_lr, a.weight_decay)
     return networks, load_state(a.out, *networks, a.recipe)
 
 
@@ -310,7 +309,7 @@ def load_batches(rows, a, start, passes, device):
     except UserError as e:  # of a worker, with its traceback
         raise UserError(str(e).strip().splitlines()[-1].removeprefix("sdit.UserError: ")) from None
     except RuntimeError as e:
-        if "DataLoader worker" not in str(e) or "Traceback" in str(e):
+        if not str(e).startswith("DataLoader worker (pid"):
             raise
         raise UserError(
             "the system killed a process that loads rows, for lack of memory perhaps; "
@@ -343,8 +342,8 @@ def train(a, rows):
 
     # the rows of a step that this process works through, some at a time
     count = a.batch // a.world // a.accumulate
-    first = a.rank * a.accumulate
-    passes = [slice(k * count, (k + 1) * count) for k in range(first, first + a.accumulate)]
+    first = a.rank * a.accumulate * count
+    passes = [slice(k, k + count) for k in range(first, first + a.accumulate * count, count)]
     batches = load_batches(rows, a, start, passes, device)
     shape = (a.batch, *rows[0]["latents"].shape)  # (B, T, C, H, W), of all processes
 
