@@ -12,7 +12,6 @@ import contextlib
 import copy
 import dataclasses
 import datetime
-import functools
 import json
 import math
 import re
@@ -368,8 +367,7 @@ def train(a, rows):
             update_ema(ema, model, step, a.ema)
             bar.update()
 
-            run.log_and_save(step + 1)
-            run.maybe_preview(step + 1)
+            run.after(step + 1)
             if run.stopping:
                 break
 
@@ -393,25 +391,37 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: self.signals.append(number))
 
-        self.meter, self.saver = Meter(device), Saver(a.out)
-        self.logged_step, self.saved_at = start, time.monotonic()
-
-        model = networks[0]
-        self.preview = build_preview(a, model.config, device)
+        model, self.preview = networks[0], None
+        if a.rank == 0 and a.preview:
+            try:
+                self.preview = Preview(a, model.config, device)
+            except UserError as e:  # the cache's autoencoder is not there
+                print(f"no previews: {e}")
         if a.rank == 0:
+            dtype = torch.bfloat16 if a.precision == "bf16" else torch.float32
+            self.peak = device_peak(device, dtype)
             million = sum(p.numel() for p in model.parameters()) / 1e6
             print(
                 f"{a.size}, {a.frames} frames: {million:.1f} M parameters; {len(rows)} clips; "
                 f"{a.world} x {device.type}, {a.precision}; from step {start}"
             )
 
-    def log_and_save(self, step):
-        """Where --log-every or --save-minutes say so, at a signal, and at the end."""
+        self.meter, self.saver = Meter(device), Saver(a.out)
+        self.logged_step, self.saved_at = start, time.monotonic()
+
+    def after(self, step):
+        """Log, save and preview where the flags say so, at a signal, and at the end."""
         log, save = self.decide(step)
+        preview = self.preview and step % self.a.preview == 0
         if log:
             self.log(step)
-        if save:
-            self.save(step)
+        if self.a.rank == 0 and (save or preview):
+            with self.meter.pause():
+                if save:
+                    self.saved_at = time.monotonic()
+                    self.saver.save(step, *self.networks, self.a.recipe)
+                if preview:
+                    self.preview(self.networks[1], self.a.out / f"preview-{step:08d}.png")
 
     def decide(self, step):
         """(log, save): whether to, after `step` steps; sets `stopping` at a signal, and `norm`.
@@ -422,18 +432,19 @@ class Run:
         save = last or a.save_minutes == 0
         idle = self.saver.writing.done()
         save_due = idle and time.monotonic() - self.saved_at >= a.save_minutes * 60
-        may_ask = (step % 10 == 0) if a.world > 1 else (bool(self.signals) or save_due)
-        if not (log or save or may_ask):
+        ask = step % 10 == 0 if a.world > 1 else self.signals or save_due
+        if not (log or save or ask):
             return False, False
 
         # from here on it waits for the device and the other processes
         gradients = [p.grad for p in self.networks[0].parameters() if p.grad is not None]
         self.norm = nn.utils.get_total_norm(gradients).item()
         save_due = save_due and a.rank == 0  # rank 0's clock is everyone's
-        bad, self.stopping, save_due = self.meter.agree(bool(self.signals), save_due)
-        if bad or not math.isfinite(self.norm):
+        bad, self.stopping, save_due = self.meter.agree(self.signals, save_due)
+        if bad <= step or not math.isfinite(self.norm):
+            first = int(min(bad, step))
             raise UserError(
-                f"the loss or its gradient was not finite at step {bad or step}; {NOTHING_SAVED}"
+                f"the loss or its gradient was not finite at step {first}; {NOTHING_SAVED}"
             )
         if idle:
             self.saver.writing.result()  # raises what went wrong
@@ -447,35 +458,24 @@ class Run:
         if a.rank > 0:
             return
 
-        entry = dict(step=step, **means, norm=self.norm)
         model, _, optimizer = self.networks
-        seconds = self.meter.lap()
-        rate = (step - self.logged_step) * a.batch / seconds
-        tflops = rate * row_flops(model.config) / 1e12
-        mfu, memory = tflops / self.peak / a.world, data.peak_memory(self.meter.sums.device)
-        entry |= dict(lr=optimizer.param_groups[0]["lr"], rows_per_s=rate, tflops=tflops, mfu=mfu)
-        entry |= dict(memory_gib=memory, eta_s=(a.steps - step) * a.batch / rate)
+        rate = (step - self.logged_step) * a.batch / self.meter.lap()
         self.logged_step = step
+        tflops = rate * row_flops(model.config) / 1e12
+        entry = dict(
+            step=step,
+            **means,
+            norm=self.norm,
+            lr=optimizer.param_groups[0]["lr"],
+            rows_per_s=rate,
+            tflops=tflops,
+            mfu=tflops / self.peak / a.world,
+            memory_gib=data.peak_memory(self.meter.sums.device),
+            eta_s=(a.steps - step) * a.batch / rate,
+        )
         with open(a.out / "log.jsonl", "a") as log:
             log.write(json.dumps(entry) + "\n")
         tqdm.write(log_text(entry))
-
-    @functools.cached_property
-    def peak(self):
-        dtype = torch.bfloat16 if self.a.precision == "bf16" else torch.float32
-        with self.meter.pause():
-            return device_peak(self.meter.sums.device, dtype)
-
-    def save(self, step):
-        self.saved_at = time.monotonic()
-        if self.a.rank == 0:
-            with self.meter.pause():
-                self.saver.save(step, *self.networks, self.a.recipe)
-
-    def maybe_preview(self, step):
-        if self.preview and step % self.a.preview == 0:
-            with self.meter.pause():
-                self.preview(self.networks[1], self.a.out / f"preview-{step:08d}.png")
 
 
 def log_text(entry):
@@ -629,18 +629,9 @@ class Preview:
 
         pairs = torch.stack([self.batch["latents"], made], 1).flatten(0, 1)  # (rows * 2, T, ...)
         pictures = torch.cat([self.autoencoder.decode(z) for z in pairs])  # (rows * 2 * T, 3, h, w)
-        form = dict(nrow=made.shape[1], padding=0, normalize=True, value_range=(-1, 1))
+        pictures = (pictures + 1) / 2
         with sdit.atomic(path) as temporary:
-            save_image(pictures, temporary, **form)
-
-
-def build_preview(a, config, device):
-    """A Preview; None, with a word, where the cache's autoencoder is not there."""
-    if a.preview and a.rank == 0:
-        try:
-            return Preview(a, config, device)
-        except UserError as e:
-            print(f"no previews: {e}")
+            save_image(pictures, temporary, nrow=made.shape[1], padding=0)
 
 
 def plot(run):
@@ -720,12 +711,12 @@ class Meter:
         self.bad = torch.where(bad, self.bad.clamp(max=step), self.bad)
 
     def agree(self, *flags):
-        """[first bad step or None, and of each flag whether it is set in any process]."""
-        values = torch.stack([-self.bad, *(torch.full_like(self.bad, flag) for flag in flags)])
+        """[first bad step or inf, and of each flag whether it is set in any process]."""
+        values = torch.stack([-self.bad, *(torch.full_like(self.bad, bool(x)) for x in flags)])
         if dist.is_initialized():
             dist.all_reduce(values, dist.ReduceOp.MAX)
         bad, *flags = values.tolist()
-        return [None if bad == -math.inf else int(-bad), *map(bool, flags)]
+        return [-bad, *map(bool, flags)]
 
     def means(self):
         """Over all processes, since the last call."""
