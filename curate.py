@@ -92,7 +92,7 @@ def read_vfhq(path):
 
 def list_spans(files):
     """{video id: spans} of all published lists among the files."""
-    spans = {}
+    spans = defaultdict(list)
     for path in files:
         listed = ()
         if path.name == "celebvhq_info.json":
@@ -101,10 +101,9 @@ def list_spans(files):
             listed = read_vfhq(path)
         try:
             for video, span in listed:
-                spans.setdefault(video, []).append(span)
+                spans[video].append(span)
         except Exception as e:  # whatever is wrong in the file
-            reason = f"{path} is not the list that its name says ({e!r}); fetch it again"
-            raise UserError(reason) from None
+            raise UserError(f"{path} is not the list that its name says ({e!r}); fetch it again")
     return spans
 
 
@@ -217,8 +216,9 @@ def transitions(thumbs, chunk=4096, margin=64):
         x = thumbs[start : first + chunk + margin].astype(np.float32)
         cuts = find_cuts(x)
         pairs = [(cut, cut) for cut in cuts] + find_dissolves(x, [0, *cuts, len(x)])
-        pairs = [(start + end, start + begin) for end, begin in sorted(pairs)]
-        found += [pair for pair in pairs if first <= pair[0] < first + chunk]
+        for end, begin in sorted(pairs):
+            if first <= start + end < first + chunk:
+                found.append((start + end, start + begin))
     return found
 
 
@@ -685,7 +685,8 @@ def run_stage(stage, sources, a):
     bar = tqdm(todo, f"{stage}, rank {rank}", unit="video", disable=None)
     for source in bar:
         data.enough_disk(a.out, 1e9)
-        before = read_stage(stage_file(stage, source, a))
+        path = stage_file(stage, source, a)
+        before = read_stage(path)
         other = before and Path(before["path"])
         if other and other.exists() and other.resolve() != source.path.resolve():
             same = f"{other} and {source.path} have one name in {a.out}"
@@ -694,7 +695,7 @@ def run_stage(stage, sources, a):
         candidates, final = attempt(stage, source, a)
         about = dict(video=source.name, identity=source.identity, path=str(source.path))
         about |= dict(key=key if final else None, candidates=candidates)
-        data.write_text(stage_file(stage, source, a), json.dumps(about))
+        data.write_text(path, json.dumps(about))
 
         reasons = [c["reason"] or "kept" for c in candidates]
         counts.update(reason.replace(source.path.name, "the video") for reason in reasons)
@@ -733,10 +734,11 @@ def histogram(a):
     for name, title in COSINES.items():
         cosines = [c[f"{name}_cosine"] for c in candidates if f"{name}_cosine" in c]
         if cosines:
-            values[title], thresholds[title] = cosines, getattr(a, f"min_{name}")
+            threshold = getattr(a, f"min_{name}")
+            values[title], thresholds[title] = cosines, threshold
             low = ", ".join(f"{v:.3f}" for v in np.percentile(cosines, [1, 5, 25, 50]))
-            title = f"smallest {title} cosine, percentiles 1, 5, 25, 50"
-            print(f"{title}: {low}; threshold {getattr(a, f'min_{name}'):g}")
+            what = f"smallest {title} cosine, percentiles 1, 5, 25, 50"
+            print(f"{what}: {low}; threshold {threshold:g}")
     if values:
         save_histograms(a.out / "histogram.png", values, thresholds)
 
@@ -824,8 +826,10 @@ def check_weights(a):
 
 def main():
     a = arguments()
-    if a.command in ("search", "stats"):
-        return dict(search=search, stats=stats)[a.command](a)
+    if a.command == "search":
+        return search(a)
+    if a.command == "stats":
+        return stats(a)
 
     rank, world, _ = data.ranks()
     if a.command == "run" and world > 1:
@@ -858,8 +862,7 @@ def main():
             matched = {entry for source in sources for entry in drop_entries(source, a.out)}
             for entry in sorted({*read_entries(a.drop)} - matched):
                 print(f"note: nothing here is {entry}, as {a.drop} has it")
-    if worker.cache_info().currsize:
-        worker().shutdown()
+    worker.cache_clear()  # its process ends
     if a.command == "run":
         stats(a)
 
