@@ -862,7 +862,8 @@ def main():
             matched = {entry for source in sources for entry in drop_entries(source, a.out)}
             for entry in sorted({*read_entries(a.drop)} - matched):
                 print(f"note: nothing here is {entry}, as {a.drop} has it")
-    worker.cache_clear()  # its process ends
+    if worker.cache_info().currsize:
+        worker().shutdown()
     if a.command == "run":
         stats(a)
 
