@@ -442,15 +442,12 @@ def detect(source, a):
     spans, fps = source.spans or [(0, math.inf, None)], video.fps
     thumbs, samples, (h, w) = scan(video, spans, landmarker)
 
-    # Shots, and tracks of faces within them
-    tracks, between = [], [(None, 0), *transitions(thumbs), (len(thumbs), None)]
+    # Tracks of faces within shots, and the frames that they may cover
+    extents, step = [], sample_step(fps)
+    between = [(None, 0), *transitions(thumbs), (len(thumbs), None)]
     for (_, begin), (end, _) in itertools.pairwise(between):
-        inside = {f: boxes for f, boxes in samples.items() if begin <= f < end}
-        tracks += [(track, (begin, end)) for track in link_faces(inside)]
-
-    # Landmarks of all frames that a track may cover
-    step, all_tracks = sample_step(fps), [track for track, _ in tracks]
-    extents = [(*extent(t, all_tracks, shot, step), t) for t, shot in tracks if len(t) > 1]
+        tracks = link_faces({f: boxes for f, boxes in samples.items() if begin <= f < end})
+        extents += [(*extent(t, tracks, (begin, end), step), t) for t in tracks if len(t) > 1]
     landmarks = track_landmarks(video, extents, landmarker)
 
     candidates = []

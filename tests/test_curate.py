@@ -28,7 +28,7 @@ def test_every_clip_and_every_rejection(curated):
     found = {}
     for line in lines:
         found.setdefault(line["video"], []).append((line["start"], line["end"], line["reason"]))
-    assert all(abs(s - t) <= 1 and abs(e - u) <= 1 and r is None for (s, e, r), (t, u) in zip(found["cut.mp4"], [(0, 30), (30, 60)], strict=True))
+    assert all(abs(s - t) <= 1 and abs(e - u) <= 1 and r is None for (s, e, r), (t, u) in zip(found["cut.mp4"], [(0, 28), (28, 58)], strict=True))
     [(start, end, reason)] = found["leaves.mp4"]
     assert start == 0 and abs(end - 30) <= 1 and reason is None
     assert found["nobody.mp4"] == [(0, 30, "no face in its key frames")]
