@@ -431,14 +431,12 @@ class Engine:
     def first(self, x, t, conditions, anchor, guidance):
         """Row 0, x (1, T, C, H, W), `conditions` (1, T, D) of each branch -> guided output (1, T,
         2C, H, W), anchor_kv."""
-        output, anchor_kv = self._run(self.first_runner, x, t, conditions, anchor, guidance)
-        return output.to(x.dtype), anchor_kv
+        return self._run(self.first_runner, x, t, conditions, anchor, guidance)
 
     def rest(self, x, t, conditions, anchor, guidance, anchor_kv):
         """Any other rows without their anchors, x (B, T - 1, C, H, W) -> (B, T - 1, 2C, H, W)."""
         inputs = x, t, conditions, anchor, guidance
-        (output,) = self._run(self.rest_runner, *inputs, anchor_kv=anchor_kv)
-        return output.to(x.dtype)
+        return self._run(self.rest_runner, *inputs, anchor_kv=anchor_kv)[0]
 
     def _run(self, runner, x, t, conditions, anchor, guidance, **rest):
         # an engine for guidance, asked for none: both branches are the same
@@ -450,7 +448,8 @@ class Engine:
             anchor=torch.full((), anchor, device=x.device),
             guidance=torch.full((), float(guidance), device=x.device),
         )
-        return runner(inputs | rest)
+        output, *kv = runner(inputs | rest)
+        return output.to(x.dtype), *kv
 
 
 @dataclass
@@ -519,8 +518,8 @@ def reference(model, form, inputs):
     branches = inputs["conditioning"].unbind(1)  # (B, T, D) each
     anchor = None if form == "unanchored" else inputs["anchor"].item()
     if form == "rest":
-        kv = inputs["anchor_kv"].split(1, 2)
-        outputs = [model.forward_rest(x, t, c, anchor, kv[g]) for g, c in enumerate(branches)]
+        pairs = zip(branches, inputs["anchor_kv"].split(1, 2))
+        outputs = [model.forward_rest(x, t, c, anchor, kv) for c, kv in pairs]
     else:
         outputs = [model(x, t, c, anchor) for c in branches]
 
