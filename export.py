@@ -393,18 +393,17 @@ def run_plan(context, stream, dtype, inputs):
             if not context.set_input_shape(name, tuple(tensor.shape)):
                 cure = f"export it with --rows {rows} {rows}"
                 raise UserError(f"this engine was not built for {rows} rows; {cure}")
-        shapes = {name: tuple(context.get_tensor_shape(name)) for name in OUTPUTS if name in names}
-        outputs = {k: torch.empty(s, dtype=dtype, device=device) for k, s in shapes.items()}
-        for name, tensor in (inputs | outputs).items():
+        shapes = [tuple(context.get_tensor_shape(name)) for name in OUTPUTS if name in names]
+        outputs = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+        for name, tensor in [*inputs.items(), *zip(OUTPUTS, outputs)]:
             context.set_tensor_address(name, tensor.data_ptr())
+            tensor.record_stream(stream)
 
         stream.wait_stream(current)
         if context.infer_shapes() or not context.execute_async_v3(stream.cuda_stream):
             raise UserError("TensorRT did not run; its message is above")
         current.wait_stream(stream)
-    for tensor in (inputs | outputs).values():
-        tensor.record_stream(stream)
-    return tuple(outputs.values())
+    return tuple(outputs)
 
 
 def load_runner(kind, path, dtype, device):
