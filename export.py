@@ -559,24 +559,22 @@ def upcast(path, folder):
     from onnx import TensorProto as P
     from onnx import numpy_helper
 
-    def to_float32(tensor):
+    proto = onnx.load(path)
+    graph = proto.graph
+    attributes = [attribute for node in graph.node for attribute in node.attribute]
+    for tensor in [*graph.initializer, *(attribute.t for attribute in attributes)]:
         if tensor.data_type == P.BFLOAT16:
             values = numpy_helper.to_array(tensor).astype("float32")
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-
-    proto = onnx.load(path)
-    for tensor in proto.graph.initializer:
-        to_float32(tensor)
-    for attribute in (a for node in proto.graph.node for a in node.attribute):
-        to_float32(attribute.t)
+    for attribute in attributes:
         if attribute.name == "to" and attribute.i == P.BFLOAT16:
             attribute.i = P.FLOAT
-    for value in [*proto.graph.input, *proto.graph.output]:
+    for value in [*graph.input, *graph.output]:
         if value.type.tensor_type.elem_type == P.BFLOAT16:
             value.type.tensor_type.elem_type = P.FLOAT
-    del proto.graph.value_info[:]
+    del graph.value_info[:]
 
-    path = folder / Path(path).name
+    path = folder / path.name
     onnx.save(proto, path, save_as_external_data=True, location=f"{path.name}.data")
     return path
 
