@@ -18,6 +18,7 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 import os
 import shutil
 import sys
@@ -534,10 +535,10 @@ def reference(model, form, inputs):
 def relative_error(a, b):
     """L2 norm of a - b against that of b; infinite where a is not finite."""
     a, b = a.double().cpu(), b.double().cpu()
-    return ((a - b).norm() / b.norm()).item() if a.isfinite().all() else float("inf")
+    return ((a - b).norm() / b.norm()).item() if a.isfinite().all() else math.inf
 
 
-def verify(model, form, branches, run, most_rows=5):
+def verify(model, form, branches, run, most_rows):
     """Largest error of a runner over rows, slots and timesteps; and, as a control, the smallest
     that a graph without the anchor would have there."""
     T, device = model.config.frames, model.position.device
@@ -549,7 +550,7 @@ def verify(model, form, branches, run, most_rows=5):
         errors += [relative_error(a, b) for a, b in zip(run(inputs), expected, strict=True)]
         if rows > 1 and form in ("override", "packed"):
             control.append(relative_error(reference(model, "unanchored", inputs)[0], expected[0]))
-    return max(errors), min(control, default=None)
+    return max(errors), min(control, default=math.inf)
 
 
 def upcast(path, folder):
@@ -589,16 +590,15 @@ def check(model, kind, path, form, precision, branches, device, rows):
         run = load_runner(kind, path, dtype, device)
         error, control = verify(model, form, branches, run, rows[-1])
 
-    tolerance = f"{TOLERANCE[precision]:.0e}"
-    against = "" if control is None else f"; without the anchor it would be {control:.2g}"
-    found = f"largest relative error {error:.2g}, tolerance {tolerance}"
+    most = TOLERANCE[precision]
+    against = f"; without the anchor it would be {control:.2g}" if control < math.inf else ""
+    found = f"largest relative error {error:.2g}, tolerance {most:.0e}"
     print(f"{form:9} {kind} {precision}: {found}{against}{note}")
-    if not error <= TOLERANCE[precision]:
-        raise UserError(
-            f"the {form} graph differs from the model by {error:.2g}, more than {tolerance}; "
-            f"nothing was written; try another --precision"
-        )
-    if control is not None and control < 10 * error:
+    if not error <= most:
+        cure = "nothing was written; try another --precision"
+        found = f"differs from the model by {error:.2g}, more than {most:.0e}"
+        raise UserError(f"the {form} graph {found}; {cure}")
+    if control < 10 * error:
         print("note: without the anchor the error would be hardly larger (is the model trained?)")
 
 
