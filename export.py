@@ -33,7 +33,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from tqdm import tqdm
 
 import data
 import sdit
@@ -248,14 +247,8 @@ def write_onnx(graph, form, folder):
     shapes = {name: {0: rows} if name in OPEN else None for name in inputs}
     with Portable():
         program = torch.export.export(graph, (), inputs, dynamic_shapes=shapes)
-    program = torch.onnx.export(
-        program,
-        dynamo=True,
-        opset_version=OPSET,
-        verbose=False,
-        input_names=[*inputs],
-        output_names=OUTPUTS[: 1 + (form == "packed")],
-    )
+    names = OUTPUTS if form == "packed" else OUTPUTS[:1]
+    program = torch.onnx.export(program, output_names=names, opset_version=OPSET, verbose=False)
     path = folder / f"{form}.onnx"
     program.save(path, external_data=True)
     onnx.checker.check_model(path, full_check=True)
@@ -682,7 +675,7 @@ def export(model, digest, kind, a, device):
     with data.owned(final), atomic_folder(final) as folder:
         forms = ["packed", "rest"] if a.form == "packed" else [a.form]
         files = {}
-        for form in tqdm(forms, kind, unit="graph", leave=False, disable=None):
+        for form in data.progress(forms, kind, "graph"):
             path = write_graph(model, kind, form, a, folder, device)
             check(model, kind, path, form, a.precision, a.branches, device, a.rows)
             files[form] = path.name
