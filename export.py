@@ -36,9 +36,9 @@ from torch.overrides import TorchFunctionMode
 
 import data
 import sdit
+from data import DEMO
 from sdit import UserError
 
-DEMO = Path(__file__).resolve().parent / "demo"
 PRECISIONS = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
 # --------------------------------------------------------------------------------------------------
@@ -599,9 +599,9 @@ def check(model, kind, path, form, precision, branches, device, rows):
 # The command
 
 
-def random_model(name, frames, seed=0):
+def random_model(name, frames):
     """A model of a named size with random weights, none of them zero, to measure with."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = sdit.SDiT(sdit.make_config(name, frames))
     for parameter in model.parameters():
         if not parameter.any():
@@ -631,8 +631,8 @@ def write_graph(model, kind, form, a, folder, device):
     name = f"{form}.{data.sha256(path)[:12]}-{a.precision}-trt{trt.__version__}-{gpu}.plan"
     with torch.cuda.device(device):
         build_plan(trt, path, folder / name, a.rows, a.out / "timing.cache")
-    for used in (path, path.with_suffix(".onnx.data")):
-        used.unlink(missing_ok=True)
+    for used in folder.glob(f"{path.name}*"):
+        used.unlink()
     return folder / name
 
 
@@ -658,12 +658,10 @@ def atomic_folder(path):
 def export(model, digest, kind, a, device):
     """Write, check and name one artefact. Returns its folder."""
     start, config = time.perf_counter(), model.config
-    name = f"{config.name.replace('/', '-')}-{config.frames}-{kind}-{a.precision}"
-    if a.form != "packed":
-        name += f"-{a.form}"
-    if a.branches == 1:
-        name += "-unguided"
-    final = a.out / name
+    form = "" if a.form == "packed" else f"-{a.form}"
+    guided = "" if a.branches == 2 else "-unguided"
+    size = config.name.replace("/", "-")
+    final = a.out / f"{size}-{config.frames}-{kind}-{a.precision}{form}{guided}"
     if final.exists():
         cure = "move it, or choose another --out"
         about = read_manifest(final, cure)
@@ -722,14 +720,9 @@ def arguments():
     add("--precision", choices=list(PRECISIONS), help=precision)
     branches = "2: with classifier-free guidance inside; 1: without, half the work"
     add("--branches", type=int, choices=[1, 2], default=2, help=branches)
-    add(
-        "--rows",
-        type=data.number(int, 1, 10_000),
-        nargs=2,
-        default=[4, 8],
-        metavar=("TYPICAL", "MOST"),
-        help="rows at once of a TensorRT engine; --bench takes the typical number",
-    )
+    rows = "rows at once of a TensorRT engine; --bench takes the typical number"
+    pair = dict(nargs=2, default=[4, 8], metavar=("TYPICAL", "MOST"))
+    add("--rows", type=data.number(int, 1, 10_000), **pair, help=rows)
     add("--device", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
     a = ap.parse_args()
 
