@@ -226,31 +226,32 @@ def hyperiqa(net, images):
 # --------------------------------------------------------------------------------------------------
 # Networks of the metrics, looked for in --weights
 
-# fmt: off
 HUB, INCEPTION = "https://huggingface.co", "weights-inception-2015-12-05-6726825d.pth"
-# name: (address, sha256)
+# name: (the folder that it is fetched from, sha256)
 NETWORKS = {
     INCEPTION: (
-        f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}",
-        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"),
+        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0",
+        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+    ),
     "i3d_torchscript.pt": (
-        f"{HUB}/flateon/FVD-I3D-torchscript/resolve/"
-        "1c2d61711c52571ad617a1063e6fa691b212e184/i3d_torchscript.pt",
-        "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"),
+        f"{HUB}/flateon/FVD-I3D-torchscript/resolve/1c2d61711c52571ad617a1063e6fa691b212e184",
+        "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2",
+    ),
     "koniq_pretrained.pkl": (
-        f"{HUB}/ByteDance/LatentSync-1.5/resolve/main/auxiliary/koniq_pretrained.pkl",
-        "ff9277bcc68ecc10e77d88b6d0a32825ec3c85562095542734ec6212eaaf6d81"),
+        f"{HUB}/ByteDance/LatentSync-1.5/resolve/main/auxiliary",
+        "ff9277bcc68ecc10e77d88b6d0a32825ec3c85562095542734ec6212eaaf6d81",
+    ),
     "w600k_r50.onnx": (
-        f"{HUB}/public-data/insightface/resolve/main/models/buffalo_l/w600k_r50.onnx",
-        "4c06341c33c2ca1f86781dab0e829f88ad5b64be9fba56e56bc9ebdefc619e43"),
+        f"{HUB}/public-data/insightface/resolve/main/models/buffalo_l",
+        "4c06341c33c2ca1f86781dab0e829f88ad5b64be9fba56e56bc9ebdefc619e43",
+    ),
 }
-# fmt: on
 
 
 def find_network(name, folder):
     """Path of a file of NETWORKS in a folder; UserError says where to get it."""
     (url, digest), path = NETWORKS[name], Path(folder) / name
-    source = f"fetch {url} (sha256 {digest[:12]}...)"
+    source = f"fetch {url}/{name} (sha256 {digest[:12]}...)"
     if not path.is_file():
         raise UserError(f"{name} is not in {folder}; {source}")
     if data.sha256(path) != digest:
