@@ -175,15 +175,15 @@ class HyperIQA(nn.Module):
 
         self.res = torchvision.models.resnet50()
         del self.res.fc
-        for i, (width, pooled) in enumerate([(256, 16), (512, 32), (1024, 64)], 1):
-            pool = nn.Sequential(nn.Conv2d(width, pooled, 1, bias=False), nn.AvgPool2d(7))
+        for i, pooled in enumerate((16, 32, 64), 1):
+            pool = nn.Sequential(nn.Conv2d(16 * pooled, pooled, 1, bias=False), nn.AvgPool2d(7))
             setattr(self.res, f"lda{i}_pool", pool)
             setattr(self.res, f"lda{i}_fc", nn.Linear(pooled * (16 >> i) ** 2, 16))
         self.res.lda4_fc = nn.Linear(2048, 176)
 
         convolutions = [nn.Conv2d(2048, 1024, 1), nn.Conv2d(1024, 512, 1), nn.Conv2d(512, 112, 1)]
         self.conv1 = nn.Sequential(*[m for c in convolutions for m in (c, nn.ReLU())])
-        for i, (inputs, outputs) in enumerate(zip(self.sizes, self.sizes[1:]), 1):
+        for i, (inputs, outputs) in enumerate(itertools.pairwise(self.sizes), 1):
             weights = nn.Conv2d(112, inputs * outputs // 49, 3, padding=1)
             setattr(self, f"fc{i}w_conv", weights)
             setattr(self, f"fc{i}b_fc", nn.Linear(112, outputs))
@@ -200,7 +200,7 @@ class HyperIQA(nn.Module):
 
         x = self.conv1(x)  # (B, 112, 7, 7)
         whole, y = x.mean((2, 3)), torch.cat(seen, 1)  # (B, 112), (B, 224)
-        for i, (inputs, outputs) in enumerate(zip(self.sizes, self.sizes[1:]), 1):
+        for i, (inputs, outputs) in enumerate(itertools.pairwise(self.sizes), 1):
             weight = getattr(self, f"fc{i}w_conv")(x).reshape(-1, outputs, inputs)
             bias = getattr(self, f"fc{i}b_fc")(whole)
             y = torch.sigmoid((weight @ y[:, :, None])[..., 0] + bias)
@@ -211,12 +211,11 @@ class HyperIQA(nn.Module):
 def hyperiqa(net, images):
     """Quality (M,) of images (M, h, w, 3) uint8: the mean over 5 x 5 crops of 224 of the picture at
     512 x 384 (the original's crops are random)."""
-    from torchvision.transforms.functional import normalize
+    from torchvision.transforms.functional import normalize, resize, to_tensor
 
     scores = []
     for image in images:
-        x = torch.from_numpy(image).to(net.fc5b_fc.weight.device).movedim(-1, 0)[None].float() / 255
-        x = F.interpolate(x, (512, 384), mode="bilinear", antialias=True)[0]
+        x = resize(to_tensor(image).to(net.fc5b_fc.weight.device), (512, 384))
         x = normalize(x, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         crops = x.unfold(1, 224, 72).unfold(2, 224, 40)  # (3, 5, 5, 224, 224)
         scores.append(net(crops.flatten(1, 2).movedim(1, 0)).mean().item())
