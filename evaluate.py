@@ -744,10 +744,10 @@ def table_column(results):
     return column
 
 
-def table1_files(a, same):
+def table1_files(a):
     """({name: Files}, name of the method of given results): of those in the folder `--videos`, else
     of those that stand where the column out says; else None: our model makes them."""
-    if same:  # the source is a frame of the clip, the truth the clip
+    if a.command == "same":  # the source is a frame of the clip, the truth the clip
         files = {name: Files(path, truth=path) for name, (path, *_) in list_clips(a).items()}
     else:
         files = read_pairs(a.pairs or a.out / "world" / "pairs.csv")
@@ -763,24 +763,23 @@ def table1_files(a, same):
     return {name: f._replace(result=None) for name, f in files.items()}, None
 
 
-def table1(a, same):
+def table1(a):
     """Table 1 for one protocol: of videos that each method of sampling makes, or of given ones."""
-    protocol = "same" if same else "cross"
-    files, given = table1_files(a, same)
+    protocol = a.command
+    files, given = table1_files(a)
     nets, missing = load_nets(a.weights, load_models(a.model).device)
     nets |= attribute_nets(a)
-    found = {}
-    for method in [given] if given else sample.METHODS:
-        settings = {} if given else dict(method=method)
-        title = f"{protocol}, {method}"
-        found[method] = measure_videos(a, title, files, a.frames, nets, **settings)
-
+    methods = {given: {}} if given else {method: dict(method=method) for method in sample.METHODS}
+    found = {
+        name: measure_videos(a, f"{protocol}, {name}", files, a.frames, nets, **settings)
+        for name, settings in methods.items()
+    }
     found = measured_by_all(found)
     columns = {k: table_column(list(results.values())) for k, results in found.items()}
     metrics = dict.fromkeys(k for column in columns.values() for k in column)
     rows = []
     for k in metrics:
-        paper = PAPER.get(k, ("", ""))[0 if same else 1]
+        paper = PAPER.get(k, ("", ""))[0 if protocol == "same" else 1]
         rows.append([k, *(column.get(k, "-") for column in columns.values()), paper])
 
     missing = [f"Missing: {k}: {reason}" for k, reason in missing.items()]
@@ -850,11 +849,7 @@ def length_at(a, fps, lengths):
 # --------------------------------------------------------------------------------------------------
 # The command line. Test sets and experiments on the demo's world are in demo/experiments.py
 
-COMMANDS = dict(
-    same=functools.partial(table1, same=True),
-    cross=functools.partial(table1, same=False),
-    length=length,
-)
+COMMANDS = dict(same=table1, cross=table1, length=length)
 
 
 def arguments():
