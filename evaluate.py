@@ -35,9 +35,9 @@ from tqdm import tqdm
 import data
 import sample
 import sdit
+from data import DEMO
 from sdit import LANDMARKS, NoiseSchedule, UserError
 
-DEMO = Path(__file__).resolve().parent / "demo"
 sys.path.append(str(DEMO))  # for experiments.py
 PIXELS = 256  # LMSE is in pixels of a crop of this width (paper silent; its values fit)
 
@@ -276,8 +276,7 @@ def load_inception(folder, device="cpu"):
 def load_i3d(folder, device="cpu"):
     """(M, h, w, 3) uint8 -> (1, 400), of the first 16 frames. I3D needs 9 (paper silent on its 8):
     fewer than 16 are repeated evenly to 16."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         net = torch.jit.load(find_network("i3d_torchscript.pt", folder), device).eval()
 
     @torch.no_grad()
@@ -387,7 +386,7 @@ def list_videos(folder):
 def list_clips(a):
     """{name: Files} of the first `--n` driving videos, or of all."""
     clips = list_videos(a.clips or a.out / "world" / "clips")
-    return {name: Files(path) for name, path in list(clips.items())[: a.n]}
+    return {name: Files(path) for name, path in itertools.islice(clips.items(), a.n)}
 
 
 def read_pairs(path):
@@ -441,9 +440,8 @@ def read_case(files, models, M, seed, fps=None):
     path, video = files.driving, data.Video(files.driving)
     every = max(1, round(video.fps / fps)) if fps else 1
     span = (M - 1) * every + 1
-    needed = span if files.source else span + 1
+    needed, source = (span, "") if files.source else (span + 1, " and a source")
     if len(video) < needed:
-        source = "" if files.source else " and a source"
         raise UserError(f"{path} has {len(video)} frames; {M}{source} need {needed}")
     tracked = track(path, models.landmarker)
     after = len(video) - span
@@ -466,8 +464,7 @@ load_models = functools.cache(sample.load_models)
 
 def sampling(a, number=0, **changes):
     """sample.Settings of the command line, for clip `number`."""
-    settings = dict(steps=a.steps, guidance=a.guidance, seed=a.seed + number)
-    return sample.Settings(**settings | changes)
+    return sample.Settings(a.steps, guidance=a.guidance, seed=a.seed + number, **changes)
 
 
 @torch.no_grad()
@@ -554,8 +551,7 @@ def measure_all(a, key, files, measure):
             path = folder / f"{name.replace('/', '__')}-{version}.safetensors"
             found[name] = read_or_make(path, functools.partial(measure, number, name))
         except Exception as e:  # whatever is wrong with a clip, the rest goes on
-            kind = "" if isinstance(e, UserError) else f"{type(e).__name__}: "
-            a.left_out.append(f"{name}: {kind}{e}")
+            a.left_out.append(f"{name}: {data.describe(e)}")
             print(f"left out: {a.left_out[-1]}", file=sys.stderr)
     if not found:
         raise UserError(f"nothing could be measured for {key[0]}")
@@ -623,9 +619,9 @@ def write_result(a, name, markdown, picture=None, **details):
         versions={package: metadata.version(package) for package in packages},
         left_out=a.left_out,
         crop="face box 0.45 x 0.53 of a fixed square",
+        **details,
     )
-    text = json.dumps(about | details, indent=1, default=str)
-    data.write_text(a.out / f"{name}.json", text)
+    data.write_text(a.out / f"{name}.json", json.dumps(about, indent=1, default=str))
 
 
 def write_table(a, name, title, header, rows, notes=(), figure=None, **details):
@@ -711,11 +707,10 @@ def clip_metrics(r):
         here = there = dict.fromkeys(here, np.array([math.nan]))
     for k in ("yaw", "mouth", "eyes"):
         values[f"{k}: correlation"] = correlation(here[k], there[k])
+    errors = {k: abs(here[k] - there[k]).mean() for k in here}
     for k in ("yaw", "pitch", "roll"):
-        values[f"{k}: error, degrees"] = np.degrees(abs(here[k] - there[k]).mean())
-    values["mouth: error, fraction of the eyes' distance"] = abs(
-        here["mouth"] - there["mouth"]
-    ).mean()
+        values[f"{k}: error, degrees"] = np.degrees(errors[k])
+    values["mouth: error, fraction of the eyes' distance"] = errors["mouth"]
     return values
 
 
@@ -751,7 +746,7 @@ def table1_files(a):
         files = {name: Files(path, truth=path) for name, (path, *_) in list_clips(a).items()}
     else:
         files = read_pairs(a.pairs or a.out / "world" / "pairs.csv")
-        files = dict(list(files.items())[: a.n])
+        files = dict(itertools.islice(files.items(), a.n))
 
     if a.videos:
         given = list_videos(a.videos)
@@ -861,7 +856,7 @@ def arguments():
     add("command", choices=[*COMMANDS, *experiments.COMMANDS])
     add("folders", type=Path, nargs="*", help="of `pairs`: clips and pictures")
     add("--out", type=Path, default=Path("evaluation"))
-    add("--model", type=Path, default=DEMO / "sdit.safetensors")
+    add("--model", type=Path, default=sample.MODEL)
     add("--clips", type=Path, help="folder of driving videos (default: the demo world's)")
     add("--pairs", type=Path, help="table source,driving,out (default: the demo world's)")
     add("--videos", type=Path, help="judge these, named like the clips or the column out")
