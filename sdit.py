@@ -26,6 +26,7 @@ import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import safetensors
@@ -190,14 +191,12 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, T, N, D))  # from (B, heads, TN, d)
 
 
-class MLP(nn.Module):
+class MLP(nn.Sequential):
     def __init__(self, width, hidden):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
+        self.act = nn.GELU("tanh")
         self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class Block(nn.Module):
@@ -550,60 +549,46 @@ class SpatialAttention(nn.Module):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, width, eps=1e-6)
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.to_out = nn.Sequential(nn.Linear(width, width))
 
     def forward(self, x):
         y = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # (B, 1, HW, width): one head
         y = F.scaled_dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y))
-        return x + self.to_out[0](y)[:, 0].transpose(1, 2).view_as(x)
+        return x + self.to_out(y)[:, 0].transpose(1, 2).view_as(x)
 
 
-class Downsample(nn.Module):
+class Downsample(nn.Sequential):
     def __init__(self, width):
         super().__init__()
+        self.pad = nn.ZeroPad2d((0, 1, 0, 1))  # right and bottom only, as published
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, as published
 
-
-class Upsample(nn.Module):
+class Upsample(nn.Sequential):
     def __init__(self, width):
         super().__init__()
+        self.double = nn.Upsample(scale_factor=2.0, mode="nearest")
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
-
-class Level(nn.Module):
+class Level(nn.Sequential):
     """Residual blocks at one resolution, then a halving or doubling of it."""
 
     def __init__(self, inputs, outputs, layers, groups, resample=None):
         super().__init__()
         widths = [inputs] + [outputs] * layers
-        blocks = [ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:])]
-        self.resnets = nn.ModuleList(blocks)
+        self.resnets = nn.Sequential(*[ResnetBlock(a, b, groups) for a, b in pairwise(widths)])
         if resample is Downsample:
-            self.downsamplers = nn.ModuleList([Downsample(outputs)])
+            self.downsamplers = nn.Sequential(Downsample(outputs))
         elif resample is Upsample:
-            self.upsamplers = nn.ModuleList([Upsample(outputs)])
-
-    def forward(self, x):
-        for modules in self.children():
-            for m in modules:
-                x = m(x)
-        return x
+            self.upsamplers = nn.Sequential(Upsample(outputs))
 
 
 def make_levels(widths, layers, groups, resample):
     """A level of each width; all but the last are followed by `resample`."""
-    inputs = widths[:1] + widths
-    last = len(widths) - 1
-    return nn.ModuleList(
-        Level(inputs[i], width, layers, groups, resample if i < last else None)
-        for i, width in enumerate(widths)
-    )
+    *pairs, last = pairwise([widths[0], *widths])  # (inputs, outputs)
+    levels = [Level(*pair, layers, groups, resample) for pair in pairs]
+    return nn.Sequential(*levels, Level(*last, layers, groups))
 
 
 class MidBlock(nn.Module):
@@ -616,7 +601,9 @@ class MidBlock(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Sequential):
+    """Images (B, 3, h, w) -> (B, 2C, H, W), layer by layer."""
+
     def __init__(self, config):
         super().__init__()
         first, last = config.widths[0], config.widths[-1]
@@ -624,32 +611,22 @@ class Encoder(nn.Module):
         self.down_blocks = make_levels(config.widths, config.layers, config.groups, Downsample)
         self.mid_block = MidBlock(last, config.groups)
         self.conv_norm_out = nn.GroupNorm(config.groups, last, eps=1e-6)
+        self.act = nn.SiLU()
         self.conv_out = nn.Conv2d(last, 2 * config.latent_channels, 3, padding=1)
 
-    def forward(self, x):
-        x = self.conv_in(x)  # (B, first width, h, w)
-        for level in self.down_blocks:
-            x = level(x)  # at last (B, last width, H, W)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
 
+class Decoder(nn.Sequential):
+    """Latents (B, C, H, W) -> (B, 3, h, w), layer by layer."""
 
-class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
-        first, last = config.widths[-1], config.widths[0]
-        self.conv_in = nn.Conv2d(config.latent_channels, first, 3, padding=1)
-        self.mid_block = MidBlock(first, config.groups)
-        self.up_blocks = make_levels(
-            config.widths[::-1], config.layers + 1, config.groups, Upsample
-        )
-        self.conv_norm_out = nn.GroupNorm(config.groups, last, eps=1e-6)
-        self.conv_out = nn.Conv2d(last, 3, 3, padding=1)
-
-    def forward(self, x):
-        x = self.mid_block(self.conv_in(x))  # (B, first width, H, W)
-        for level in self.up_blocks:
-            x = level(x)  # at last (B, last width, h, w)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        widths, layers, groups = config.widths[::-1], config.layers + 1, config.groups
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], groups)
+        self.up_blocks = make_levels(widths, layers, groups, Upsample)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.act = nn.SiLU()
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
 
 class AutoencoderKL(nn.Module):
