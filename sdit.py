@@ -85,6 +85,10 @@ class SDiTConfig:
         """N, tokens of a frame."""
         return (self.latent_size // self.patch) ** 2
 
+    def is_possible(self):
+        whole = self.width % self.heads == 0 and self.latent_size % self.patch == 0
+        return whole and self.prediction in ("epsilon", "v")
+
 
 # Depth, width and heads of DiT (paper 4.1 names "sDiT-XL"; its numbers are DiT-XL's)
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -528,6 +532,9 @@ class AutoencoderConfig:
         """Pixels a side for one latent."""
         return 2 ** (len(self.widths) - 1)
 
+    def is_possible(self):
+        return 1 <= len(self.widths) <= 8
+
 
 class ResnetBlock(nn.Module):
     def __init__(self, inputs, outputs, groups):
@@ -715,10 +722,7 @@ def read_tensors(path):
             return load_pickle(path), {}
         with open_tensors(path) as f:
             tensors = {k: f.get_tensor(k) for k in f.keys()}
-            config = json.loads((f.metadata() or {}).get("config", "{}"))
-        if not isinstance(config, dict):
-            raise ValueError("its configuration is not one")
-        return tensors, config
+            return tensors, dict(json.loads((f.metadata() or {}).get("config", "{}")))
     except Exception as e:  # torch raises a dozen kinds for a torn file
         reason = str(e).partition("\n")[0]
         if "weights_only" in str(e) or "Unpickl" in type(e).__name__:
@@ -791,18 +795,12 @@ def is_like(value, like, name=""):
 
 def check_config(config_class, config, path):
     """The configuration in a file, of known kinds and sizes."""
-    good = is_like(config, vars(config_class()))
-    config = good and config_class(**config)
-    if good and config_class is SDiTConfig:
-        good = config.width % config.heads == 0 and config.latent_size % config.patch == 0
-        good = good and config.prediction in ("epsilon", "v")
-    elif good:
-        good = 1 <= len(config.widths) <= 8
-    if not good:
-        raise UserError(
-            f"{path} is not a model of ours: its configuration holds what none can have"
-        )
-    return config
+    defaults = config_class()
+    if is_like(config, vars(defaults)):
+        config = dataclasses.replace(defaults, **config)
+        if config.is_possible():
+            return config
+    raise UserError(f"{path} is not a model of ours: its configuration holds what none can have")
 
 
 def save_model(path, model, dtype=torch.float32):
@@ -812,9 +810,8 @@ def save_model(path, model, dtype=torch.float32):
 
 
 def _load(path, tensors, config, device, network, config_class):
-    names = {f.name for f in dataclasses.fields(config_class)}
-    missing = names - set(config) - {"prediction"}  # older files lack it
-    if missing or set(config) - names:
+    added = {"prediction"}  # older files lack it
+    if set(config) | added != set(vars(config_class())) | added:
         cure = "; of a training run, give model.safetensors" if Path(path).suffix == ".pt" else ""
         raise UserError(
             f"{path} is not a file of the {network.__name__}: its metadata does not hold that "
@@ -830,53 +827,52 @@ def load_model(path, device="cpu"):
     return _load(path, *read_tensors(path), device, SDiT, SDiTConfig)
 
 
-# What else is in whole Stable Diffusion checkpoints and in training checkpoints of the autoencoder
-FOREIGN = tuple(
-    "model.diffusion_model. model_ema. cond_stage_model. loss. betas alphas_ sqrt_ log_one_ "
-    "posterior_".split()
-)
 # Names in the original code (kl-f8) and in diffusers before 0.15 -> diffusers' and ours
 RENAMED = {
-    r"^first_stage_model\.": "",
-    r"encoder\.down\.": "encoder.down_blocks.",
-    r"decoder\.up\.": "decoder.up_blocks.",
-    r"\.block\.(\d)": r".resnets.\1",
-    r"nin_shortcut": "conv_shortcut",
-    r"\.downsample\.": ".downsamplers.0.",
-    r"\.upsample\.": ".upsamplers.0.",
-    r"mid\.block_1": "mid_block.resnets.0",
-    r"mid\.block_2": "mid_block.resnets.1",
-    r"mid\.attn_1\.norm": "mid_block.attentions.0.group_norm",
-    r"mid\.attn_1": "mid_block.attentions.0",
-    r"coder\.norm_out": "coder.conv_norm_out",
-    r"(attentions\.0)\.(q|k|v)\.": r"\1.to_\2.",
-    r"(attentions\.0)\.query\.": r"\1.to_q.",
-    r"(attentions\.0)\.key\.": r"\1.to_k.",
-    r"(attentions\.0)\.value\.": r"\1.to_v.",
-    r"(attentions\.0)\.(?:proj_out|proj_attn)\.": r"\1.to_out.0.",
+    "first_stage_model.": "",
+    ".down.": ".down_blocks.",
+    ".up.": ".up_blocks.",
+    ".block.": ".resnets.",
+    "nin_shortcut": "conv_shortcut",
+    ".downsample.": ".downsamplers.0.",
+    ".upsample.": ".upsamplers.0.",
+    "mid.block_1": "mid_block.resnets.0",
+    "mid.block_2": "mid_block.resnets.1",
+    "mid.attn_1.norm": "mid_block.attentions.0.group_norm",
+    "mid.attn_1": "mid_block.attentions.0",
+    ".norm_out": ".conv_norm_out",
+    ".query.": ".to_q.",
+    ".key.": ".to_k.",
+    ".value.": ".to_v.",
+    ".proj_attn.": ".to_out.0.",
+    ".q.": ".to_q.",
+    ".k.": ".to_k.",
+    ".v.": ".to_v.",
+    ".proj_out.": ".to_out.0.",
 }
+PARTS = "encoder.", "decoder.", "quant_conv.", "post_quant_conv."
 
 
-def diffusers_name(name):
-    """A tensor's name in the layout of diffusers, which is ours."""
-    # the original code counts the decoder's levels from the other end
-    name = re.sub(r"(decoder\.up)\.(\d)", lambda m: f"{m[1]}.{3 - int(m[2])}", name)
-    for old, new in RENAMED.items():
-        name = re.sub(old, new, name)
-    return name
+def in_our_layout(tensors):
+    """The autoencoder's tensors of a published file, with diffusers' names, which are ours. Whole
+    Stable Diffusion and training checkpoints hold other networks, too."""
+    ours = {}
+    for name, value in tensors.items():
+        # the original code counts the decoder's levels from the other end
+        name = re.sub(r"(decoder\.up)\.(\d)", lambda m: f"{m[1]}.{3 - int(m[2])}", name)
+        for old, new in RENAMED.items():
+            name = name.replace(old, new)
+        if name.startswith(PARTS):
+            one_by_one = "attentions" in name and value.dim() == 4  # convolutions there
+            ours[name] = value.flatten(1) if one_by_one else value
+    return ours
 
 
 def load_autoencoder(path, device="cpu"):
     """The frozen AutoencoderKL (paper 3.1) of a file: ours, or a published one (of Stable Diffusion
     1 and 2, in any layout)."""
     tensors, config = read_tensors(path)
-    if config:
-        model = _load(path, tensors, config, device, AutoencoderKL, AutoencoderConfig)
-        return model.to(memory_format=torch.channels_last)
-
-    tensors = {diffusers_name(k): v for k, v in tensors.items() if not k.startswith(FOREIGN)}
-    for name, value in tensors.items():
-        if "attentions" in name and value.dim() == 4:  # 1 x 1 convolutions there
-            tensors[name] = value.flatten(1)
-    model = build(lambda: AutoencoderKL(AutoencoderConfig()), tensors, path)
-    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    if not config:
+        tensors, config = in_our_layout(tensors), dataclasses.asdict(AutoencoderConfig())
+    model = _load(path, tensors, config, device, AutoencoderKL, AutoencoderConfig)
+    return model.to(memory_format=torch.channels_last)
