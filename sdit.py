@@ -543,12 +543,12 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, outputs, eps=1e-6)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
-        if inputs != outputs:
-            self.conv_shortcut = nn.Conv2d(inputs, outputs, 1)
+        same = inputs == outputs
+        self.conv_shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x):
         y = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
-        return y + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        return y + self.conv_shortcut(x)
 
 
 class SpatialAttention(nn.Module):
