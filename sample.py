@@ -259,9 +259,9 @@ class Settings:
         return list(zip(t, t[1:] + [-1]))
 
 
-# A sampler's step: from x (..., C, H, W) and the model's output (..., 2C, H, W) to the next x.
-# abar and abar_next: alpha_bar before and after the step, 1 for clean latents. fresh_noise(): noise
-# like x. history: a dict that lasts from step to step.
+# A sampler's step: from x (..., C, H, W) and the model's output, noise eps and learned sigma mix,
+# to the next x. abar and abar_next: alpha_bar before and after the step, 1 for clean latents.
+# fresh_noise(): noise like x. history: a dict that lasts from step to step.
 
 
 def predict_clean(x, eps, abar):
@@ -274,18 +274,16 @@ def predict_next(x, eps, abar, abar_next, sigma):
     return abar_next**0.5 * clean + (1 - abar_next - sigma**2) ** 0.5 * eps
 
 
-def ddim(x, output, abar, abar_next, fresh_noise, history, eta=0.0):
+def ddim(x, eps, mix, abar, abar_next, fresh_noise, history, eta=0.0):
     """DDIM (Song et al. 2021), Eq. 16. eta 0 adds no noise, 1 as much as DDPM."""
-    eps, _ = output.chunk(2, -3)
     sigma = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)) ** 0.5
     x = predict_next(x, eps, abar, abar_next, sigma)
     return x + sigma * fresh_noise() if sigma else x
 
 
-def ddpm(x, output, abar, abar_next, fresh_noise, history):
+def ddpm(x, eps, mix, abar, abar_next, fresh_noise, history):
     """DDPM with the learned sigma, on the process that has only these timesteps (Improved DDPM,
     Eq. 15 and 19)."""
-    eps, mix = output.chunk(2, -3)
     beta = 1 - abar / abar_next
     variance = beta * (1 - abar_next) / (1 - abar)  # of the posterior, the smallest
     mean = predict_next(x, eps, abar, abar_next, variance**0.5)
@@ -297,9 +295,8 @@ def ddpm(x, output, abar, abar_next, fresh_noise, history):
     return mean + torch.exp(log_variance / 2) * fresh_noise()
 
 
-def dpm_plus(x, output, abar, abar_next, fresh_noise, history):
+def dpm_plus(x, eps, mix, abar, abar_next, fresh_noise, history):
     """DPM-Solver++ (2M), Lu et al. 2022, Alg. 2."""
-    eps, _ = output.chunk(2, -3)
     clean = predict_clean(x, eps, abar)
     if abar_next == 1:  # h is infinite
         return clean
@@ -330,6 +327,7 @@ def choose_sampler(name):
     )
 
 
+@torch.no_grad()
 def denoise(settings, x, frames, evaluate, anchor=None):
     """Algorithm 1, step 3: from noise x (..., C, H, W) for `frames` (...) to clean latents.
 
@@ -347,8 +345,8 @@ def denoise(settings, x, frames, evaluate, anchor=None):
             noise = frame_noise(settings.seed, frames, x.shape[-3:], i + 1)
             return data.send(noise.to(x.dtype), x.device)
 
-        output = evaluate(i, x, t)
-        x = take_step(x, output, alpha_bar[t], alpha_bar[after], fresh_noise, history)
+        eps, mix = evaluate(i, x, t).chunk(2, -3)
+        x = take_step(x, eps, mix, alpha_bar[t], alpha_bar[after], fresh_noise, history)
         x = sdit.override(x, anchor)
     return x
 
@@ -374,7 +372,6 @@ def run_model(function, x, t, c, *rest):
     return (output[0].to(x.dtype), output[1]) if isinstance(output, tuple) else output.to(x.dtype)
 
 
-@torch.no_grad()
 def sample_plain(model, x, frames, conditions, settings, anchor):
     """The paper's rule, the definition: all rows x (B, T, C, H, W) in one batch, so that memory
     grows with the video. Tests use it so; `--method independent` is it with `anchor` None.
@@ -389,7 +386,6 @@ def sample_plain(model, x, frames, conditions, settings, anchor):
     return denoise(settings, x, frames, evaluate, anchor)
 
 
-@torch.no_grad()
 def sample_first(model, x, frames, conditions, settings, anchor):
     """Row 0, x (1, T, C, H, W): its latents and the anchor bank.
 
@@ -410,7 +406,6 @@ def sample_first(model, x, frames, conditions, settings, anchor):
     return denoise(settings, x, frames, evaluate), bank
 
 
-@torch.no_grad()
 def sample_rest(model, x, frames, conditions, settings, anchor, bank):
     """Other rows, x (B, T - 1, C, H, W) without the anchor's slot: in any batch and order, what
     `sample_plain` makes of them. Each branch reads its own keys and values."""
@@ -425,7 +420,6 @@ def sample_rest(model, x, frames, conditions, settings, anchor, bank):
     return denoise(settings, x, frames, evaluate)
 
 
-@torch.no_grad()
 def sample_multidiffusion(model, x, conditions, settings, size):
     """MultiDiffusion (Bar-Tal et al. 2023), to compare with: the whole video x (M, C, H, W),
     conditions (M, D). A frame's output is averaged over the windows that hold it."""
