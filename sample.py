@@ -245,18 +245,17 @@ class Settings:
         """[(t, after)]: timesteps from 999 down to 0, each with the next one (-1: clean latents).
         Evenly spaced; for DPM-Solver++ in the log signal-to-noise ratio, or it would overshoot."""
         last, number = NoiseSchedule.steps - 1, np.arange(self.steps)
-        t = np.linspace(last, 0, self.steps)[::-1]  # ascending; a single step starts at the last
-        if self.sampler == "dpm++" and self.steps > 1:
+        t = np.linspace(last, 0, self.steps)
+        if self.sampler == "dpm++":
             log_snr = torch.logit(NoiseSchedule().alpha_bar).numpy()  # falls with t
-            even = np.linspace(log_snr[0], log_snr[-1], self.steps)
+            even = np.linspace(log_snr[-1], log_snr[0], self.steps)
             t = np.interp(even, log_snr[::-1], np.arange(last, -1, -1))
 
-        # no timestep twice, where several round to one: each above the one before, and low enough
-        # to leave room for the others
-        t = np.maximum.accumulate(t.round().astype(int) - number) + number
-        t = np.minimum(t, last - number[::-1])
-        t = t[::-1].tolist()
-        return list(zip(t, t[1:] + [-1]))
+        # no timestep twice, where several round to one: from the lowest, each above the one before,
+        # and low enough to leave room for the others
+        t = np.maximum.accumulate(t[::-1].round().astype(int) - number) + number
+        t = np.minimum(t, last - number[::-1])[::-1].tolist()
+        return list(zip(t, [*t[1:], -1]))
 
 
 # A sampler's step: from x (..., C, H, W) and the model's output, noise eps and learned sigma mix,
