@@ -50,14 +50,10 @@ CHUNK_TOKENS = dict(cpu=2048, cuda=8192)
 # Algorithm 1, step 1: from a video to rows
 
 
-def anchor_slot(T):
-    """The slot of the anchor in every row: the middle one (paper silent)."""
-    return T // 2
-
-
 def count_rows(M, T, anchor_frame):
-    """How many rows of T the M frames of a video need with this frame as the anchor."""
-    slot = anchor_slot(T)
+    """How many rows of T the M frames of a video need with this frame as the anchor, which is in
+    slot T // 2 of every row, the middle one (paper silent)."""
+    slot = T // 2
     sides = (anchor_frame, slot), (M - 1 - anchor_frame, T - 1 - slot)  # (frames, slots)
     return max(1, *(math.ceil(n / slots) if slots else n and math.inf for n, slots in sides))
 
@@ -67,7 +63,7 @@ def plan_rows(M, T, anchor_frame=None):
 
     M = 5, T = 3 gives [[0, 2, 3], [1, 2, 4]]. `keep` marks one place of each frame; elsewhere are
     copies of the anchor and repeated frames that fill slots."""
-    slot = anchor_slot(T)
+    slot = T // 2
     if anchor_frame is None:
         # paper: "the central frame". Where T is even, a row has one slot fewer after its anchor, so
         # that a later frame needs fewer rows: that at 2/3 of the video for T = 4
@@ -489,7 +485,7 @@ def sample_video(model, conditions, settings, wanted=None, finished=None, share=
 
     wanted: frames to sample (default: all). finished: the mapping to fill; what it holds is not
     sampled again, and several processes meet in it. share: (rank, processes). plan: rows with the
-    anchor in `anchor_slot`, in place of `plan_rows`'s."""
+    anchor in slot T // 2, in place of `plan_rows`'s."""
     M = len(conditions[0])
     rank, processes = share
     finished = {} if finished is None else finished
@@ -532,7 +528,7 @@ def sample_rows(model, rows, numbers, conditions, settings):
     if not numbers:
         return
     config, device = model.config, conditions[0].device
-    anchor, shape = anchor_slot(config.frames), (config.latent_channels, *[config.latent_size] * 2)
+    anchor, shape = config.frames // 2, (config.latent_channels, *[config.latent_size] * 2)
     tokens = CHUNK_TOKENS.get(device.type, CHUNK_TOKENS["cpu"])
     rows_at_once = max(1, tokens // (config.tokens * config.frames))
     rows_at_once = min(rows_at_once, getattr(model, "most_rows", rows_at_once))
@@ -782,7 +778,7 @@ def check_kind(paths, driving, wanted):
 
 def read_faces(asked, models, driving):
     """(source's crop or None, landmarks (M, 478, 3), square of the driving face)."""
-    number, source_number = (*asked.face, 0) if len(asked.face) == 1 else asked.face
+    number, source_number = (*asked.face, 0)[:2]
     picture, shape, faces = None, None, 0
     if asked.source:
         source = read_source(asked.source, models.landmarker, models.size, source_number)
