@@ -441,9 +441,8 @@ class SDiT(nn.Module):
         """`forward` of rows 1.. without their anchors: latents (B, T - 1, C, H, W), conditioning
         (B, T - 1, D), and `anchor_kv` of `forward_first` at the same timestep -> (B, T - 1, 2C, H,
         W). `AnchorBank` says why the result is the same."""
-        T = latents.shape[1] + 1
-        time_position = self.time_position  # (T, D)
-        time_position = torch.cat([time_position[:anchor], time_position[anchor + 1 : T]])
+        others = torch.cat([self.time_position[:anchor], self.time_position[anchor + 1 :]])
+        time_position = others[: latents.shape[1]]  # (T - 1, D)
         bank = AnchorBank(kv=anchor_kv)
         return self.run_blocks(latents, timesteps, conditioning, time_position, bank=bank)
 
@@ -478,7 +477,7 @@ class NoiseSchedule:
     def __init__(self, device="cpu"):
         beta = torch.linspace(1e-4, 0.02, self.steps, dtype=torch.float64, device="cpu")
         alpha_bar = torch.cumprod(1 - beta, 0)
-        previous = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+        previous = F.pad(alpha_bar[:-1], (1, 0), value=1.0)
         self.beta, self.alpha_bar = beta, alpha_bar
         self.roots = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()])  # of signal and noise
 
