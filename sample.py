@@ -127,10 +127,7 @@ def edit_scene(encoder, scene, edit):
     except ValueError:
         weight = math.nan
     if not before.strip() or not after.strip() or not math.isfinite(weight):
-        raise UserError(
-            f'--edit "{edit}" is not of the form "blond hair -> red hair" or '
-            f'"blond hair -> red hair:0.5"'
-        )
+        raise UserError(f'--edit "{edit}" is not of the form "blond hair -> red hair[:WEIGHT]"')
     old, new = encoder.texts([before.strip(), after.strip()])
     return F.normalize(scene + weight * (new - old), dim=-1)
 
@@ -317,9 +314,8 @@ def choose_sampler(name):
     with suppress(ValueError):
         if kind == "ddim" and 0 <= float(eta) <= 1:
             return functools.partial(ddim, eta=float(eta))
-    raise UserError(
-        f"no sampler {name!r}; choose {', '.join(SAMPLERS)} or ddim:ETA with ETA from 0 to 1"
-    )
+    known = ", ".join(SAMPLERS)
+    raise UserError(f"no sampler {name!r}; choose {known} or ddim:ETA with ETA from 0 to 1")
 
 
 @torch.no_grad()
@@ -510,9 +506,8 @@ def sample_video(model, conditions, settings, wanted=None, finished=None, share=
     for b, latents in data.progress(sampled, "rows", "row", len(to_sample)):
         latents = latents.cpu()  # (slots, C, H, W)
         if not latents.isfinite().all():
-            raise UserError(
-                "the model's numbers are no longer finite: damaged weights, or --guidance too large"
-            )
+            causes = "damaged weights, or --guidance too large"
+            raise UserError(f"the model's numbers are no longer finite: {causes}")
 
         # Scatter the row to frames.
         if b in mine:
@@ -878,9 +873,8 @@ def parse_only(text, M):
         first, end = (int(number) if number else None for number in text.split(":"))
         wanted = range(M)[first:end]
     if not wanted:
-        raise UserError(
-            f"--only {text} names none of the {M} frames of the driving video; write it as in 0:24"
-        )
+        there = f"the {M} frames of the driving video"
+        raise UserError(f"--only {text} names none of {there}; write it as in 0:24")
     return wanted
 
 
@@ -917,9 +911,8 @@ def read_pairs(path):
         lines = list(csv.DictReader(io.StringIO(text, newline="")))
     columns = set(lines[0]) if lines and "\0" not in text else set()
     if not {"driving", "out"} <= columns or not {"source", "prompt"} & columns:
-        raise UserError(
-            f"{path} has no lines under the columns source,driving,out[,prompt], as a CSV file"
-        )
+        columns = "source,driving,out[,prompt]"
+        raise UserError(f"{path} has no lines under the columns {columns}, as a CSV file")
     return lines
 
 
