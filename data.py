@@ -628,11 +628,8 @@ def clip_pixels(pixels, size):
 
     if min(pixels.shape[-2:]) != size:
         pixels = functional.resize(pixels, size, InterpolationMode.BICUBIC).clamp(-1, 1)
-    pixels = functional.center_crop(pixels, size)
-    # not functional.normalize, which waits for the GPU to look at the divisor
-    mean = pixels.new_tensor(OPENAI_DATASET_MEAN).view(3, 1, 1)
-    std = pixels.new_tensor(OPENAI_DATASET_STD).view(3, 1, 1)
-    return ((pixels + 1) / 2 - mean) / std
+    pixels = functional.center_crop((pixels + 1) / 2, size)
+    return functional.normalize(pixels, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
 
 
 # --------------------------------------------------------------------------------------------------
