@@ -214,13 +214,8 @@ def read_index(folder, frames):
         cure = f"make one: python data.py CLIPS --out {folder}, for real faces with {REAL_FACES}"
         raise UserError(f"no cache in {folder} (no index.json); {cure}")
 
-    again = "remove it and give the data.py command again"
-    index = read_json(path, ["clips", *SETTINGS], again)
-    try:
-        usable = sum(length >= frames + 2 for _, length in index["clips"])
-    except (TypeError, ValueError):
-        raise UserError(f"{path} is torn; {again}")
-    if not usable:
+    index = read_json(path, ["clips", *SETTINGS])
+    if all(length < frames + 2 for _, length in index["clips"]):
         raise too_short(folder, frames)
     return index
 
@@ -1162,12 +1157,13 @@ def read_text(path):
     return content.decode("utf-8-sig", "surrogateescape")
 
 
-def read_json(path, keys=(), cure="remove it, and give the command that made it again"):
+def read_json(path, keys=()):
     """A JSON file that holds an object with these keys; UserError for another, or a torn one."""
     with suppress(ValueError, RecursionError):
         found = json.loads(read_text(path))
         if isinstance(found, dict) and set(keys) <= set(found):
             return found
+    cure = "remove it, and give the command that made it again"
     raise UserError(f"{path} is torn, or not what its name says; {cure}")
 
 
