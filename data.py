@@ -1571,7 +1571,7 @@ def leave(code, text):
 def arguments():
     ap = Parser(__doc__)
     add = ap.add_argument
-    add("clips", type=Path, nargs="?", help="folder tree of face videos and pictures")
+    add("clips", type=Path, help="folder tree of face videos and pictures")
     add("--out", type=Path, default=Path("cache"), help="folder of the cache")
     add("--autoencoder", default=DEMO / "autoencoder.safetensors", help="file, sd-vae-ft-mse, -ema")
     add("--clip", default=DEMO / "clip.safetensors", help="file, or ViT-L-14")
@@ -1581,8 +1581,6 @@ def arguments():
 
 def find_clips(folder):
     """{name: path} of the videos and pictures in a folder tree."""
-    if folder is None:
-        raise UserError("name the folder of clips: python data.py CLIPS --out cache")
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}")
     paths = {str(p.relative_to(folder)): p for p in list_files(folder, VIDEOS | PICTURES)}
