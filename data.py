@@ -1421,9 +1421,8 @@ def check_finished(folder, about, names):
 
 while (NULL := os.open(os.devnull, os.O_RDWR)) < 3:
     pass  # stderr is closed: no other file may get its number
-for _name in ("stdout", "stderr"):
-    if getattr(sys, _name) is None:
-        setattr(sys, _name, open(os.devnull, "w"))
+sys.stdout = sys.stdout or open(os.devnull, "w")
+sys.stderr = sys.stderr or open(os.devnull, "w")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1517,7 +1516,7 @@ def explain(e):
             sys.exit(2)
         raise e
     what = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
-    if getattr(e, "errno", 0) == errno.ENOSPC or "os error 28" in what.lower():
+    if getattr(e, "errno", 0) == errno.ENOSPC:
         return f"{what}; make room and give the same command again: what was whole is still there"
     return f"{what}; is it there, and may you read and write it?"
 
