@@ -94,9 +94,9 @@ class Rows(torch.utils.data.Dataset):
         names, lengths = zip(*[zip(*index["clips"]) for index in indices])
         self.names, self.lengths = list(map(np.array, names)), list(map(np.array, lengths))
         self.ranges = []
-        for n in map(len, names):
-            held = HELD_OUT if n >= 10 * HELD_OUT else 0
-            self.ranges.append(range(max(0, n - HELD_OUT), n) if held_out else range(n - held))
+        for clips in map(range, map(len, names)):
+            seen = clips[:-HELD_OUT] if len(clips) >= 10 * HELD_OUT else clips
+            self.ranges.append(clips[-HELD_OUT:] if held_out else seen)
 
     def __len__(self):
         """Clips. (Row numbers have no end.)"""
@@ -177,16 +177,14 @@ def shuffle(seed, epoch, count):
 
 def split_share(text):
     """ "FOLDER:SHARE" or "FOLDER" -> (folder, share)."""
-    folder, colon, share = str(text).rpartition(":")
+    folder, _, share = str(text).rpartition(":")
     try:
-        share = float(share)
+        share = float(share if folder else 1)
     except ValueError:  # the colon belongs to the name
-        colon = ""
-    if not colon:
         return Path(text), 1.0
     if not 0 < share < math.inf:
         raise UserError(f"{text} is not CACHE or CACHE:SHARE with a positive share: cache:0.9")
-    return Path(folder), share
+    return Path(folder or text), share
 
 
 def too_short(folder, frames):
@@ -697,7 +695,7 @@ def open_video(path):
         raise UserError(f"no such file: {path}")
     try:
         container = av.open(f"file:{path}", metadata_errors="replace")  # 12:30.mp4: no protocol
-    except (av.FFmpegError, OSError) as e:
+    except av.FFmpegError as e:
         reason = f"{path} is not a video that can be read ({e.strerror or e})"
         raise UserError(f"{reason}; re-encode it as H.264 .mp4")
 
@@ -819,9 +817,8 @@ def standard_range(transfer, n=33):
         top = light.max(1, keepdims=True).clip(1e-6)
         light *= np.where(top > 0.3, 1.05401 * (top - 0.085381) / (top + 0.454444), top) / top
 
-    file = tempfile.NamedTemporaryFile("w", suffix=".cube")
-    np.savetxt(file, light.clip(0, 1) ** (1 / 2.4), "%.5f", header=f"LUT_3D_SIZE {n}", comments="")
-    file.flush()
+    file, head = tempfile.NamedTemporaryFile(suffix=".cube"), f"LUT_3D_SIZE {n}"
+    np.savetxt(file.name, light.clip(0, 1) ** (1 / 2.4), "%.5f", header=head, comments="")
     return file
 
 
@@ -1063,7 +1060,7 @@ class VideoWriter(ExitStack):
             return self
         try:  # without bitexact, .mkv gets random numbers
             container = av.open(f"file:{self.temporary}", "w", options=dict(fflags="+bitexact"))
-        except (ValueError, av.FFmpegError, OSError) as e:
+        except (ValueError, av.FFmpegError) as e:
             raise UserError(f"cannot write {self.path} ({e}); name it like out.mp4")
         self.container = self.enter_context(container)
         self.container.metadata["comment"] = self.comment
@@ -1114,8 +1111,7 @@ def owned(path):
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(file)
     try:
-        with suppress(NotImplementedError):  # a file system without locks
-            lock.acquire(timeout=0)
+        lock.acquire(timeout=0)
     except filelock.Timeout:
         owner = file.exists() and file.read_text() or "another process"
         cure = "wait for it, or name another --out"
@@ -1194,8 +1190,7 @@ MEMORY = MemoryError | torch.OutOfMemoryError
 def of_machine(error):
     """Whether memory, a disk or a GPU is at fault."""
     gpu = isinstance(error, RuntimeError) and re.search("cuda|cudnn|cublas", str(error), re.I)
-    broken = gpu or isinstance(error, MEMORY | torch.AcceleratorError)
-    return broken or getattr(error, "errno", 0) in MACHINE
+    return gpu or isinstance(error, MEMORY) or getattr(error, "errno", 0) in MACHINE
 
 
 def describe(error):
@@ -1361,7 +1356,7 @@ def read_clip(path, landmarker, size):
 
     # Both ends may be the source, so they must show the face
     known = np.flatnonzero(tracked.found)
-    shown = slice(int(known[0]), int(known[-1]) + 1)
+    shown = slice(known[0], known[-1] + 1)
     shift = np.float32((*np.subtract(tracked.square, square)[:2], 0)) / square[2]
     kept = Track(tracked.landmarks[shown] + shift, tracked.found[shown], square)
     crops = (crop(f, square, size) for f in itertools.islice(frames, shown.start, shown.stop))
@@ -1382,9 +1377,11 @@ def cache_clips(clips, writer, landmarker, autoencoder, scene_encoder, size):
         except Exception as e:  # whatever is wrong with a file, the rest goes on
             record, entry = {}, dict(rejected=blame(e, path), changed=changed(path))
         else:
-            missed, square = int((~tracked.found).sum()), [int(v) for v in tracked.square]
-            entry = dict(missed=missed, square=square, mirrored=margin, frames=len(tracked.found))
-            frames += len(tracked.found)
+            found, square = tracked.found.tolist(), tracked.square
+            entry = dict(
+                missed=found.count(False), square=square, mirrored=margin, frames=len(found)
+            )
+            frames += len(found)
         writer.add(record, dict(file=name) | entry)
     speeds = ", ".join(f"{part} {frames / s:.0f}" for part, s in watch.seconds.items())
     print(f"{frames} frames; frames a second: {speeds}")
@@ -1530,10 +1527,8 @@ def flush():
 
 
 # Of the ranks that torchrun starts on a machine, the one that made this file has said why all end.
-SAID = (
-    "TORCHELASTIC_ERROR_FILE" in os.environ
-    and Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1] / "said"
-)
+ERRORS = os.environ.get("TORCHELASTIC_ERROR_FILE")
+SAID = ERRORS and Path(ERRORS).parents[1] / "said"
 
 
 def launcher():
