@@ -599,8 +599,7 @@ class SceneEncoder:
             raise UserError(f"{path} is not a CLIP file: it has no known open_clip configuration")
         model = sdit.build(lambda: open_clip.CLIP(**config), tensors, path)
         self.model = model.to(device).eval().requires_grad_(False)
-        length = config["text_cfg"].get("context_length", 77)
-        self.tokenizer = open_clip.SimpleTokenizer(context_length=length)
+        self.tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
         self.size, self.device = config["vision_cfg"].get("image_size", 224), device
 
     def images(self, pixels):
@@ -1245,7 +1244,7 @@ def encode_clip(pixels, tracked, fps, autoencoder, scene_encoder):
         found=tracked.found,
         weight=np.stack(weight),
         scene=scene_encoder.images(ends).half().cpu(),
-        fps=np.array(Fraction(fps).as_integer_ratio()),
+        fps=np.array(fps.as_integer_ratio()),
     )
 
 
