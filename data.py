@@ -148,7 +148,7 @@ class Rows(torch.utils.data.Dataset):
             for i in np.linspace(0, len(there) - 1, count).astype(int):
                 clip = self._open(cache, there[i])
                 landmarks = clip.get_tensor("landmarks").flatten(1)  # (frames, 1434)
-                points.append(landmarks[:: max(4, len(landmarks) // 64)].float())
+                points.append(landmarks[:: max(4, len(landmarks) // 64)])
                 scenes.append(clip.get_tensor("scene").float())  # (2, S)
 
         points = torch.cat(points).double()  # (frames, 1434); float32 mixes axes of like variance
@@ -427,11 +427,11 @@ def track(frames, landmarker, name, total=None, number=0):
         else:
             here = landmarker(image, last if lost < 24 else None)
 
-        points.append(missing if here is None else here)
         if here is None:
-            lost += 1
+            here, lost = missing, lost + 1
         else:
             last, lost = here, 0
+        points.append(here)
 
     if last is None:
         raise no_face(name)
@@ -1376,11 +1376,9 @@ def cache_clips(clips, writer, landmarker, autoencoder, scene_encoder, size):
         except Exception as e:  # whatever is wrong with a file, the rest goes on
             record, entry = {}, dict(rejected=blame(e, path), changed=changed(path))
         else:
-            found, square = tracked.found.tolist(), tracked.square
-            entry = dict(
-                missed=found.count(False), square=square, mirrored=margin, frames=len(found)
-            )
-            frames += len(found)
+            missed, M = tracked.found.tolist().count(False), len(tracked.found)
+            entry = dict(missed=missed, square=tracked.square, mirrored=margin, frames=M)
+            frames += M
         writer.add(record, dict(file=name) | entry)
     speeds = ", ".join(f"{part} {frames / s:.0f}" for part, s in watch.seconds.items())
     print(f"{frames} frames; frames a second: {speeds}")
