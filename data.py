@@ -213,7 +213,11 @@ def read_index(folder, frames):
         raise UserError(f"no cache in {folder} (no index.json); {cure}")
 
     index = read_json(path, ["clips", *SETTINGS])
-    if all(length < frames + 2 for _, length in index["clips"]):
+    try:
+        usable = any(length >= frames + 2 for _, length in index["clips"])
+    except (TypeError, ValueError):  # mended by hand
+        raise UserError(f"{path} is torn; remove it and give the data.py command again")
+    if not usable:
         raise too_short(folder, frames)
     return index
 
@@ -1110,7 +1114,8 @@ def owned(path):
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(file)
     try:
-        lock.acquire(timeout=0)
+        with suppress(NotImplementedError):  # a file system without locks
+            lock.acquire(timeout=0)
     except filelock.Timeout:
         owner = file.exists() and file.read_text() or "another process"
         cure = "wait for it, or name another --out"
@@ -1184,12 +1189,13 @@ def changed(path):
 
 MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EROFS, errno.ESTALE}
 MEMORY = MemoryError | torch.OutOfMemoryError
+OF_TORCH = "cuda|cudnn|cublas|can't allocate memory"
 
 
 def of_machine(error):
     """Whether memory, a disk or a GPU is at fault."""
-    gpu = isinstance(error, RuntimeError) and re.search("cuda|cudnn|cublas", str(error), re.I)
-    return gpu or isinstance(error, MEMORY) or getattr(error, "errno", 0) in MACHINE
+    of_torch = isinstance(error, RuntimeError) and re.search(OF_TORCH, str(error), re.I)
+    return of_torch or isinstance(error, MEMORY) or getattr(error, "errno", 0) in MACHINE
 
 
 def describe(error):
@@ -1586,9 +1592,9 @@ def main():
     paths = find_clips(a.clips)
 
     # Frozen models
-    rank, world, _ = ranks()
+    rank, world, local = ranks()
     gpus = torch.cuda.device_count()
-    device = f"cuda:{rank % gpus}" if gpus else "cpu"
+    device = f"cuda:{local % gpus}" if gpus else "cpu"
     a.autoencoder, a.clip = fetch(a.autoencoder), fetch(a.clip)
     autoencoder = sdit.load_autoencoder(a.autoencoder, device)
     scene_encoder, landmarker = SceneEncoder(a.clip, device), FaceLandmarker()

@@ -363,7 +363,8 @@ def test_only_what_the_clip_is_to_blame_for_is_final(tmp_path):
     assert data.blame(ZeroDivisionError("x"), path) == "ZeroDivisionError: x"
     gpu = RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")
     assert data.blame(RuntimeError("odd"), path) == "RuntimeError: odd"
-    for error in (OSError(errno.ENOSPC, "full"), MemoryError(), sdit.UserError("clip.safetensors is torn"), gpu):
+    for error in (OSError(errno.ENOSPC, "full"), MemoryError(), sdit.UserError("clip.safetensors is torn"), gpu,
+                  RuntimeError("DefaultCPUAllocator: can't allocate memory")):
         with pytest.raises(sdit.UserError, match="not the clip's fault"):
             data.blame(error, path)
     try:
