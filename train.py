@@ -12,6 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import re
@@ -398,8 +399,6 @@ class Run:
             except UserError as e:  # the cache's autoencoder is not there
                 print(f"no previews: {e}")
         if a.rank == 0:
-            dtype = torch.bfloat16 if a.precision == "bf16" else torch.float32
-            self.peak = device_peak(device, dtype)
             million = sum(p.numel() for p in model.parameters()) / 1e6
             print(
                 f"{a.size}, {a.frames} frames: {million:.1f} M parameters; {len(rows)} clips; "
@@ -422,6 +421,12 @@ class Run:
                     self.saver.save(step, *self.networks, self.a.recipe)
                 if preview:
                     self.preview(self.networks[1], self.a.out / f"preview-{step:08d}.png")
+
+    @functools.cached_property
+    def peak(self):
+        dtype = torch.bfloat16 if self.a.precision == "bf16" else torch.float32
+        with self.meter.pause():
+            return device_peak(self.meter.sums.device, dtype)
 
     def decide(self, step):
         """(log, save): whether to, after `step` steps; sets `stopping` at a signal, and `norm`.
