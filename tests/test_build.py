@@ -1,4 +1,11 @@
 """demo/build.py from nothing to a video, at the smallest size."""
+import functools
+import importlib
+import multiprocessing.dummy
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -15,8 +22,15 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("build")
     recipe = build.Recipe(folder=folder, clips=6, more=1, frames=5, paintings=2, render=72, size=64, autoencoder_clips=6, clip_clips=6, autoencoder_steps=4,
                           clip_steps=2, unseen=4, example=8, processes=1, runs=((1, 3, 2, 1e-3, 0), (2, 2, 2, 1e-3, 0.15)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build.os, "cpu_count", lambda: 1)                         # each process of a pool would load everything anew
+    with pytest.MonkeyPatch.context() as patch:                                 # in this process: each other one would load everything anew
+
+        def run(command, **_):
+            patch.setattr("sys.argv", command[1:])
+            importlib.import_module(Path(command[1]).stem).main()
+
+        patch.setattr(build, "subprocess", SimpleNamespace(run=run))
+        patch.setattr(build, "multiprocessing", SimpleNamespace(get_context=lambda _: multiprocessing.dummy))
+        pickle.dumps(functools.partial(build.make_clip, recipe))                # what a pool of processes is sent
         for part, _ in build.PARTS.values():
             part(recipe)
     return recipe

@@ -2,7 +2,7 @@
 import subprocess
 import time
 
-from test_train import cache, command, run, same  # noqa: F401 (a fixture)
+from test_train import cache, command, run, same, two_blocks  # noqa: F401 (fixtures)
 
 
 def test_killed_at_any_moment(cache, tmp_path, monkeypatch):  # noqa: F811

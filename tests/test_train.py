@@ -28,6 +28,12 @@ from conftest import ROOT, random_sdit
 from test_data import record
 
 
+@pytest.fixture(autouse=True)
+def two_blocks(monkeypatch):
+    """Of the demo's six."""
+    monkeypatch.setitem(sdit.DEMO_SIZE, "depth", 2)
+
+
 def batch(B=2, T=4):
     torch.manual_seed(1)
     return dict(latents=torch.randn(B, T, 4, 8, 8), landmarks=torch.rand(B, T, 478, 3), mask=torch.zeros(B, T, 8, 8),
@@ -222,7 +228,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(cache, tmp_path, monkeypatch
 
 
 def command(cache, out, *more):
-    return [sys.executable, "-c", "import sys, torch; sys.path.insert(0, sys.argv.pop(1)); torch.set_num_threads(1); import data, train; data.run_main(train.main)",
+    return [sys.executable, "-c", "import sys, torch; sys.path.insert(0, sys.argv.pop(1)); torch.set_num_threads(1); import data, sdit, train; "
+            "sdit.DEMO_SIZE['depth'] = 2; data.run_main(train.main)",
             str(ROOT), "--size", "demo", "--frames", "2", "--data", str(cache), "--out", str(out), "--precision", "fp32", "--lr", "1e-3", "--preview", "0", *more]
 
 
