@@ -65,8 +65,8 @@ def choose_frames(rng, found, T):
 
     times = np.sort(rng.choice(inner, T, replace=False))
     last = len(found) - 1
-    source = 0 if times[0] >= last - times[-1] else last
-    return times, source
+    before, after = times[0], last - times[-1]
+    return times, 0 if before >= after else last
 
 
 HELD_OUT = 8  # last clips of a cache, for train.py's previews
@@ -112,9 +112,10 @@ class Rows(torch.utils.data.Dataset):
         return dict(latents=latents, landmarks=landmarks, mask=mask / 255, scene=scene)
 
     def _clip(self, n):
-        """The record of row n. A cache is shuffled anew every epoch, of rows of all caches: of
-        several, each shows its share of its clips in an epoch. A clip that is too short gives way
-        to the next."""
+        """The record of row n, which draws its cache by share, then takes the clip at place n
+        modulo its number of clips in a permutation that changes every epoch. Of several caches an
+        epoch shows only a share of each one's clips. A clip that is too short gives way to the
+        next."""
         rng = np.random.default_rng([self.seed, 2, n])
         cache = rng.choice(len(self.shares), p=self.shares)
         clips = self.ranges[cache]

@@ -53,22 +53,28 @@ CHUNK_TOKENS = dict(cpu=2048, cuda=8192)
 def count_rows(M, T, anchor_frame):
     """How many rows of T the M frames of a video need with this frame as the anchor, which is in
     slot T // 2 of every row, the middle one (paper silent)."""
+
+    def rows_for(frames, slots):
+        if frames == 0:
+            return 0
+        return math.ceil(frames / slots) if slots else math.inf
+
     slot = T // 2
-    sides = (anchor_frame, slot), (M - 1 - anchor_frame, T - 1 - slot)  # (frames, slots)
-    return max(1, *(math.ceil(n / slots) if slots else n and math.inf for n, slots in sides))
+    before, after = anchor_frame, M - 1 - anchor_frame
+    return max(1, rows_for(before, slot), rows_for(after, T - 1 - slot))
 
 
 def plan_rows(M, T, anchor_frame=None):
     """Deal the M frames of a video to rows of T (Eq. 1): frame numbers and `keep`, both (B, T).
 
-    M = 5, T = 3 gives [[0, 2, 3], [1, 2, 4]]. `keep` marks one place of each frame; elsewhere are
-    copies of the anchor and repeated frames that fill slots."""
+    M = 5, T = 3 gives [[0, 2, 3], [1, 2, 4]]. `keep` marks one place of each frame, of the
+    anchor that in row 0; elsewhere are its copies and repeated frames that fill slots."""
     slot = T // 2
     if anchor_frame is None:
         # paper: "the central frame". Where T is even, a row has one slot fewer after its anchor, so
         # that a later frame needs fewer rows: that at 2/3 of the video for T = 4
-        by_rows = [(count_rows(M, T, f), abs(f - (M - 1) / 2), f) for f in range(M)]
-        anchor_frame = min(by_rows)[-1]
+        centre = (M - 1) / 2
+        anchor_frame = min(range(M), key=lambda f: (count_rows(M, T, f), abs(f - centre)))
     B = count_rows(M, T, anchor_frame)
     if B == math.inf:
         raise UserError(
@@ -103,8 +109,8 @@ def plan_windows(M, T):
 
 def frame_noise(seed, frames, shape, step=0):
     """Noise (*frames.shape, *shape), float64, which depends on seed, frame and step only. So rows
-    agree on their anchor, and chunks, processes and --only change nothing. `step` 0 is the start;
-    samplers that add noise use later ones."""
+    agree on their anchor, and chunks, processes and --only change nothing. `step` 0 is the start,
+    i + 1 the noise that the sampler adds in its step i."""
     noise = [
         np.random.default_rng([seed, f, step]).standard_normal(shape) for f in np.ravel(frames)
     ]
@@ -344,13 +350,13 @@ def denoise(settings, x, frames, evaluate, anchor=None):
 
 # --------------------------------------------------------------------------------------------------
 # Anchored diffusion of rows. A branch is the conditional or the unconditional evaluation;
-# `conditions` holds one tensor for each, (B, slots, D). `model`: an SDiT, one that is `Captured` on
-# a GPU, or an engine of export.py.
+# `conditions` holds one tensor for each, the conditional one first, (B, slots, D). `model`: an
+# SDiT, one that is `Captured` on a GPU, or an engine of export.py.
 
 
 def guided(outputs, guidance):
     """Classifier-free guidance of the outputs (..., 2C, H, W) of one branch or two, over all
-    channels of the noise (DiT's code: only three). The learned sigma is the conditional one's."""
+    channels of the noise (DiT's code: three of four). The sigma is the conditional one's."""
     if len(outputs) == 1:
         return outputs[0]
     (eps, mix), (eps_unconditional, _) = (output.chunk(2, -3) for output in outputs)

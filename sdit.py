@@ -167,11 +167,11 @@ class AnchorBank:
     def attend(self, q, k, v, N):
         """Attention of rows (B, heads, TN, d) in the next layer."""
         if self.slot is not None:
-            anchor = slice(self.slot * N, (self.slot + 1) * N)
-            self.written.append(torch.stack([k[:1, :, anchor], v[:1, :, anchor]]))
+            tokens = slice(self.slot * N, (self.slot + 1) * N)
+            self.written.append(torch.stack([k[:1, :, tokens], v[:1, :, tokens]]))
         else:
-            anchor = next(self.unread).expand(-1, k.shape[0], -1, -1, -1)  # (2, B, heads, N, d)
-            k, v = torch.cat([k, anchor[0]], 2), torch.cat([v, anchor[1]], 2)  # (B, .., TN + N, d)
+            kv = next(self.unread).expand(-1, k.shape[0], -1, -1, -1)  # (2, B, heads, N, d)
+            k, v = torch.cat([k, kv[0]], 2), torch.cat([v, kv[1]], 2)  # (B, heads, TN + N, d)
         return attend(q, k, v)
 
 
@@ -826,7 +826,8 @@ def load_model(path, device="cpu"):
     return _load(path, *read_tensors(path), device, SDiT, SDiTConfig)
 
 
-# Names in the original code (kl-f8) and in diffusers before 0.15 -> diffusers' and ours
+# Names in the original code (kl-f8) and in diffusers before 0.15 -> diffusers' and ours, one after
+# the other
 RENAMED = {
     "first_stage_model.": "",
     ".down.": ".down_blocks.",
@@ -854,7 +855,7 @@ PARTS = "encoder.", "decoder.", "quant_conv.", "post_quant_conv."
 
 def in_our_layout(tensors):
     """The autoencoder's tensors of a published file, with diffusers' names, which are ours. Whole
-    Stable Diffusion and training checkpoints hold other networks, too."""
+    Stable Diffusion and training checkpoints hold other networks, too, which are dropped."""
     ours = {}
     for name, value in tensors.items():
         # the original code counts the decoder's levels from the other end

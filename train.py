@@ -137,8 +137,8 @@ def variational_bound(schedule, x0, xt, predicted, variance_mix, t):
 
 def diffusion_loss(model, schedule, batch, t, noise, drop, lambda_ex=1.0):
     """(weighted squared error (B,), bound (B,)); their sum is minimised (Improved DDPM: 0.001 times
-    the bound's 1000 steps). batch: of `data.Rows`. t (B,): one for all frames of a row (paper
-    silent). drop (B,): rows that lose their conditions."""
+    the bound, a sum of 1000 steps, of which one is sampled here). batch: of `data.Rows`. t (B,):
+    one for all frames of a row (paper silent). drop (B,): rows that lose their conditions."""
     x0 = batch["latents"]
     xt = schedule.add_noise(x0, noise, t)
     conditioning = model.mapping(batch["scene"], batch["landmarks"], drop)  # (B, T, D)
@@ -364,7 +364,7 @@ def train(a, rows):
                 ((error + bound).mean() / a.accumulate).backward()
                 run.meter.add(step + 1, t, error, bound)
 
-            optimizer.step()
+            optimizer.step()  # gradients are not clipped (DiT); `Run.decide` stops where not finite
             update_ema(ema, model, step, a.ema)
             bar.update()
 
