@@ -215,7 +215,7 @@ def read_index(folder, frames):
 
     index = read_json(path, ["clips", *SETTINGS])
     try:
-        usable = any(length >= frames + 2 for _, length in index["clips"])
+        usable = sum(length >= frames + 2 for _, length in index["clips"])
     except (TypeError, ValueError):  # mended by hand
         raise UserError(f"{path} is torn; remove it and give the data.py command again")
     if not usable:
@@ -1196,7 +1196,8 @@ OF_TORCH = "cuda|cudnn|cublas|can't allocate memory"
 def of_machine(error):
     """Whether memory, a disk or a GPU is at fault."""
     of_torch = isinstance(error, RuntimeError) and re.search(OF_TORCH, str(error), re.I)
-    return of_torch or isinstance(error, MEMORY) or getattr(error, "errno", 0) in MACHINE
+    broken = of_torch or isinstance(error, MEMORY | torch.AcceleratorError)
+    return broken or getattr(error, "errno", 0) in MACHINE
 
 
 def describe(error):

@@ -858,6 +858,8 @@ def write(job, latents, watch):
 
     if len(wanted) == len(driving) or not latents.resumed:  # else they may be a longer video's
         latents.remove()
+    for path in output_paths(job.paths[0], True):  # of runs that were killed
+        sdit.hidden(path, f".tmp{path.suffix}").unlink(missing_ok=True)
     names = " and ".join(map(str, job.paths))
     print(f"{names}: {len(wanted)} frames, {len(image)} pixels high")
 

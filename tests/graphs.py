@@ -15,7 +15,7 @@ both_predictions = pytest.mark.parametrize("small_model", ["epsilon-2", "v"], in
 @pytest.fixture(scope="session")
 def small_model(request):
     """2 blocks, 64 wide, no weight zero. It predicts the noise, or what a test asks for: v is converted behind the blocks, so that one is enough.
-    So it is where a test looks at the arithmetic alone ("epsilon-1"): that blocks follow each other, float32 has shown."""
+    So it is for most graphs in half precision ("epsilon-1"): float32 has shown that blocks follow each other."""
     torch.manual_seed(0)
     prediction, _, depth = getattr(request, "param", "epsilon-2").partition("-")
     small = sdit.SDiT(sdit.SDiTConfig(name="small", depth=int(depth or 1), width=64, heads=4, patch=2, frames=4, latent_channels=4,

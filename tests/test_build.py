@@ -24,12 +24,13 @@ def built(tmp_path_factory):
                           clip_steps=2, unseen=4, example=8, processes=1, runs=((1, 3, 2, 1e-3, 0), (2, 2, 2, 1e-3, 0.15)))
     with pytest.MonkeyPatch.context() as patch:                                 # in this process: each other one would load everything anew
 
-        def run(command, **_):
+        def run(command, check, env):
+            assert check
             patch.setattr("sys.argv", command[1:])
             importlib.import_module(Path(command[1]).stem).main()
 
         patch.setattr(build, "subprocess", SimpleNamespace(run=run))
-        patch.setattr(build, "multiprocessing", SimpleNamespace(get_context=lambda _: multiprocessing.dummy))
+        patch.setattr(build, "multiprocessing", SimpleNamespace(get_context=dict(spawn=multiprocessing.dummy).get))
         pickle.dumps(functools.partial(build.make_clip, recipe))                # what a pool of processes is sent
         for part, _ in build.PARTS.values():
             part(recipe)

@@ -8,7 +8,7 @@ import export
 
 # v becomes noise behind the blocks, in all forms alike (see test_graphs_in_float64): one form with it is enough
 every_graph = pytest.mark.parametrize(
-    "small_model, form", [("epsilon-1", "override"), ("epsilon-1", "packed"), ("epsilon-1", "rest"), ("v", "packed")], indirect=["small_model"])
+    "small_model, form", [("epsilon-1", "override"), ("epsilon-2", "packed"), ("epsilon-1", "rest"), ("v", "packed")], indirect=["small_model"])
 
 
 @every_graph

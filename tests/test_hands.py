@@ -185,6 +185,11 @@ def test_torn_rows_and_records_are_made_again(tmp_path):
     assert writer.read(writer.path("001")) and writer.read(record_of_2) is None
     with pytest.raises(sdit.UserError, match="gone or torn .*; remove .*index.json"):
         [data.Rows(folder, 8)[n] for n in range(2)]
+    about = json.loads((folder / "index.json").read_text())
+    for mended in ([["a", None]], [["b", 30], ["a"]], [["b", 30], ["a", None]], 7):   # by hand
+        (folder / "index.json").write_text(json.dumps(about | dict(clips=mended)))
+        with pytest.raises(sdit.UserError, match="is torn; remove it"):
+            data.Rows(folder, 8)
     for torn in ('{"clips": [[1', '{"clips": [["a", 9], ["b", 30]]}', "[]", '{"clips": [["a", null]]}', '{"shards": []}'):
         (folder / "index.json").write_text(torn)
         with pytest.raises(sdit.UserError, match="torn|older data.py"):
