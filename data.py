@@ -1384,7 +1384,7 @@ def cache_clips(clips, writer, landmarker, autoencoder, scene_encoder, size):
         except Exception as e:  # whatever is wrong with a file, the rest goes on
             record, entry = {}, dict(rejected=blame(e, path), changed=changed(path))
         else:
-            missed, M = tracked.found.tolist().count(False), len(tracked.found)
+            missed, M = int((~tracked.found).sum()), len(tracked.found)
             entry = dict(missed=missed, square=tracked.square, mirrored=margin, frames=M)
             frames += M
         writer.add(record, dict(file=name) | entry)

@@ -67,8 +67,8 @@ def count_rows(M, T, anchor_frame):
 def plan_rows(M, T, anchor_frame=None):
     """Deal the M frames of a video to rows of T (Eq. 1): frame numbers and `keep`, both (B, T).
 
-    M = 5, T = 3 gives [[0, 2, 3], [1, 2, 4]]. `keep` marks one place of each frame, of the
-    anchor that in row 0; elsewhere are its copies and repeated frames that fill slots."""
+    M = 5, T = 3 gives [[0, 2, 3], [1, 2, 4]]. `keep` marks one place of each frame,
+    for the anchor its slot in row 0; elsewhere are copies of it and frames that fill slots."""
     slot = T // 2
     if anchor_frame is None:
         # paper: "the central frame". Where T is even, a row has one slot fewer after its anchor, so
