@@ -93,9 +93,9 @@ QUICK = Recipe(
     autoencoder_clips=160,
     clip_clips=160,
     autoencoder_steps=500,
-    clip_steps=150,
+    clip_steps=120,
     unseen=80,
-    runs=((1, 1200, 32, 3e-3, 0), (4, 250, 16, 1.4e-3, 0.15)),
+    runs=((1, 1050, 32, 3e-3, 0), (4, 250, 16, 1.4e-3, 0.15)),
 )
 
 AUTOENCODER = sdit.AutoencoderConfig(
