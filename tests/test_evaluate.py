@@ -252,8 +252,8 @@ def test_hyperiqa_is_read_from_a_file(tmp_path, monkeypatch):
     torch.save(net.state_dict(), path)
     monkeypatch.setitem(evaluate.NETWORKS, path.name, ("https://x", data.sha256(path)))
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    first, again = evaluate.load_hyperiqa(tmp_path)(np.stack([image, image]))
-    assert first == again == evaluate.hyperiqa(net, image[None]) and np.isfinite(first)
+    [quality] = evaluate.load_hyperiqa(tmp_path)(image[None])
+    assert quality == evaluate.hyperiqa(net, image[None]) and np.isfinite(quality)
 
 
 def test_report_and_pairs(small_world, tmp_path):

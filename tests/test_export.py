@@ -20,8 +20,8 @@ import sdit
 from sdit import UserError
 
 
-# v becomes noise behind the blocks, in all forms alike (see test_graphs_in_float64): one form with it is enough
-@pytest.mark.parametrize("small_model, form", [("epsilon-2", "override"), ("epsilon-2", "packed"), ("epsilon-2", "rest"), ("v", "packed")], indirect=["small_model"])
+# v becomes noise behind the blocks, in all forms alike (see test_graphs_in_float64): the form that is written fastest has it
+@pytest.mark.parametrize("small_model, form", [("epsilon-2", "override"), ("epsilon-2", "packed"), ("epsilon-2", "rest"), ("v", "rest")], indirect=["small_model"])
 @pytest.mark.parametrize("kind", ["onnx", "torchscript"])
 def test_float32_graphs_equal_the_model(small_model, onnx_graph, tmp_path, form, kind):
     path = onnx_graph(small_model, form, "fp32") if kind == "onnx" else export.write_torchscript(export.build_graph(small_model, form), form, tmp_path)
@@ -48,7 +48,6 @@ def test_graphs_in_float64(small_model, form, branches):
             assert export.relative_error(result, expected) < 1e-12
 
 
-@both_predictions
 def test_packed_equals_override(small_model, onnx_graph):
     packed, override = (runner("onnx", onnx_graph(small_model, form, "fp32")) for form in ("packed", "override"))
     for inputs in cases(small_model, "packed"):
@@ -75,7 +74,6 @@ def test_branches_read_their_own_anchor(small_model):
         assert export.relative_error(base + 2.0 * (noise - base), expected) > 1e-2
 
 
-@both_predictions
 def test_row_0_decides_for_all_rows_and_they_share_the_anchor(small_model, onnx_graph):
     for form in ("override", "packed"):
         run = runner("onnx", onnx_graph(small_model, form, "fp32"))

@@ -6,9 +6,9 @@ from graphs import cases, check_structure, runner
 
 import export
 
-# v becomes noise behind the blocks, in all forms alike (see test_graphs_in_float64): one form with it is enough
+# v becomes noise behind the blocks, in all forms alike (see test_graphs_in_float64): the form that is written fastest has it
 every_graph = pytest.mark.parametrize(
-    "small_model, form", [("epsilon-1", "override"), ("epsilon-2", "packed"), ("epsilon-1", "rest"), ("v", "packed")], indirect=["small_model"])
+    "small_model, form", [("epsilon-1", "override"), ("epsilon-2", "packed"), ("v", "rest")], indirect=["small_model"])
 
 
 @every_graph

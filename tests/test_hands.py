@@ -28,6 +28,7 @@ import sdit
 import train
 from conftest import cache_settings, ROOT, random_sdit, write_video
 from test_data import shades, write_cache
+from test_sample import frames_of
 from test_train import cache, run, same  # noqa: F401 (a fixture)
 
 
@@ -474,7 +475,7 @@ def test_a_rank_ends_without_python_s_own_end(tmp_path):
 
 
 def test_lines_that_need_one_another_under_torchrun(tmp_path, clip):
-    """A line fails, the next one drives with the result of the first, the last would write over that."""
+    """A line fails, the next one drives with the result of the first, the last would write over that. What two processes make, one makes too."""
     write_video(tmp_path / "d.mp4", clip[0][:6])
     shutil.copy(ROOT / "demo" / "source.png", tmp_path / "s.png")
     (tmp_path / "p.csv").write_text("source,driving,out\ns.png,d.mp4,a.mp4\nnone.png,d.mp4,b.mp4\ns.png,a.mp4,c.mp4\ns.png,d.mp4,a.mp4\n")
@@ -482,4 +483,8 @@ def test_lines_that_need_one_another_under_torchrun(tmp_path, clip):
     assert "2 of 4 are there" in done.stdout and "Traceback" not in done.stderr, done.stderr
     assert done.returncode == -signal.SIGUSR1, done.stderr
     assert [done.stderr.count(text) for text in ("line 3: no such file", "line 5: ", "line 4 reads it", "error: 2 lines of")] == [1] * 4, done.stderr
+    assert done.stdout.count("a.mp4: 6 frames") == 1
     assert sorted(p.name for p in tmp_path.glob("*")) == ["a.mp4", "c.mp4", "d.mp4", "p.csv", "s.png"]
+    sample.reenact(tmp_path / "s.png", tmp_path / "d.mp4", tmp_path / "one.mp4", steps=3, guidance=1)
+    one, two = (frames_of(tmp_path / f"{name}.mp4") for name in ("one", "a"))
+    assert 3 * abs(one - two).mean() < abs(one - two[::-1]).mean()

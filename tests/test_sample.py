@@ -398,18 +398,6 @@ def test_frames_of_other_settings_are_removed(tmp_path, capsys):
     assert "1 finished frames of another model, input or setting removed" in capsys.readouterr().out
 
 
-def test_two_processes_make_what_one_makes(tmp_path, clip):
-    write_video(tmp_path / "driving.mp4", clip[0])
-    args = [ROOT / "sample.py", "--steps", "1", "--driving", tmp_path / "driving.mp4", "--out"]
-    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29561", *args, tmp_path / "two.mp4"],
-                         capture_output=True, text=True)
-    assert two.returncode == 0, two.stderr
-    sample.reenact(driving=tmp_path / "driving.mp4", out=tmp_path / "one.mp4", steps=1)
-    one, both = (frames_of(tmp_path / f"{name}.mp4") for name in ("one", "two"))
-    assert 3 * abs(one - both).mean() < abs(one - both[::-1]).mean() and two.stdout.count("two.mp4: 12 frames") == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["driving.mp4", "one.mp4", "two.mp4"]
-
-
 def test_pairs_with_text_faces_and_bad_lines(world, tmp_path, clip, monkeypatch, capsys):
     """Models once, one file a line; a bad line is reported and the rest goes on. A sentence in place of a picture; the face by number."""
     small = np.stack([cv2.resize(f, (80, 80)) for f in clip[0]])
