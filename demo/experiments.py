@@ -159,6 +159,8 @@ def random_pairs(a):
         picture = pictures[rng.integers(len(pictures))].resolve()
         out = f"out/{i:05d}-{clips[j].stem}.mp4"
         lines.append(dict(source=picture, driving=clips[j].resolve(), out=out))
+    if len(lines) < (a.n or 0):
+        print(f"note: every clip drives once, so that --n {a.n} is more than there are")
     write_pairs(a.out / "pairs.csv", lines)
 
 

@@ -4,11 +4,11 @@
     python demo/recipes.py --minutes 3 base muon         # only these
     python demo/recipes.py --minutes 4 pictures-128 pictures-64 pictures-64-absolute
 
-The first --clips clips of build.py are rendered for them, into demo/build/recipes/. Of the sDiT, in
-the latents of the bundled autoencoder, each line is the error of the predicted clean latents of
-unseen people, divided by their variance (1 is guessing the mean), at six timesteps; in brackets the
-same with the landmarks of other clips, and with the scenes of other clips: what these add is what
-the model takes from them.
+The first --clips clips of build.py are rendered for them, into demo/build/recipes-CLIPS/. Of the
+sDiT, in the latents of the bundled autoencoder, each line is the error of the predicted clean
+latents of unseen people, divided by their variance (1 is guessing the mean), at six timesteps; in
+brackets the same with the landmarks of other clips, and with the scenes of other clips: what these
+add is what the model takes from them.
 
 Of pictures each line is an autoencoder of that size, with its perceptual term or without, trained
 for three times as long (pictures-bundled: the bundled one); then an sDiT in its latents, whose
@@ -290,7 +290,7 @@ def main():
     parser.add_argument("--clips", type=data.number(int, 320), default=1200, help="rendered clips")
     parser.add_argument("--minutes", type=float, default=6, help="for each training")
     a = parser.parse_args()
-    a.folder = DEMO / "build" / "recipes"
+    a.folder = DEMO / "build" / f"recipes-{a.clips}"
 
     recipe = build.Recipe(a.folder, a.clips, more=0, mirrored=False)
     if not all((a.folder / f"clips/{n:06d}.npz").exists() for n in recipe.all_clips):
