@@ -112,9 +112,9 @@ class Rows(torch.utils.data.Dataset):
         return dict(latents=latents, landmarks=landmarks, mask=mask / 255, scene=scene)
 
     def _clip(self, n):
-        """The record of row n, which draws its cache by share, then takes the clip at place n
-        modulo its number of clips in a permutation that changes every epoch. Of several caches an
-        epoch shows only a share of each one's clips. A clip that is too short gives way to the
+        """The record of row n, which draws its cache by share. The N clips of a cache are permuted
+        anew every N rows, counted over all caches, and row n takes place n % N: an epoch of several
+        caches shows only a share of each one's clips. A clip that is too short gives way to the
         next."""
         rng = np.random.default_rng([self.seed, 2, n])
         cache = rng.choice(len(self.shares), p=self.shares)

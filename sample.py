@@ -52,7 +52,7 @@ CHUNK_TOKENS = dict(cpu=2048, cuda=8192)
 
 def count_rows(M, T, anchor_frame):
     """How many rows of T the M frames of a video need with this frame as the anchor, which is in
-    slot T // 2 of every row, the middle one (paper silent)."""
+    slot T // 2 of every row (paper silent): of two in the middle the later one."""
 
     def rows_for(frames, slots):
         if frames == 0:
@@ -250,15 +250,15 @@ class Settings:
             even = np.linspace(log_snr[-1], log_snr[0], self.steps)
             t = np.interp(even, log_snr[::-1], np.arange(last, -1, -1))
 
-        # no timestep twice, where several round to one: from the lowest, each above the one before,
-        # and low enough to leave room for the others
-        t = np.maximum.accumulate(t[::-1].round().astype(int) - number) + number
-        t = np.minimum(t, last - number[::-1])[::-1].tolist()
+        # no timestep twice, where several round to one
+        rising = t[::-1].round().astype(int)
+        rising = np.maximum.accumulate(rising - number) + number  # each above the one before
+        t = np.minimum(rising, last - number[::-1])[::-1].tolist()  # leaves room for the others
         return list(zip(t, [*t[1:], -1]))
 
 
-# A sampler's step: from x (..., C, H, W) and the model's output, noise eps and learned sigma mix,
-# to the next x. abar and abar_next: alpha_bar before and after the step, 1 for clean latents.
+# A sampler's step: from x (..., C, H, W) at alpha_bar abar to the next x at abar_next, 1 for clean
+# latents. eps, mix: the model's noise, and its weight of two log-variances, about -1 to 1.
 # fresh_noise(): noise like x. history: a dict that lasts from step to step.
 
 
@@ -273,7 +273,8 @@ def predict_next(x, eps, abar, abar_next, sigma):
 
 
 def ddim(x, eps, mix, abar, abar_next, fresh_noise, history, eta=0.0):
-    """DDIM (Song et al. 2021), Eq. 16. eta 0 adds no noise, 1 as much as DDPM."""
+    """DDIM (Song et al. 2021), Eq. 16. eta 0 adds no noise, 1 as much as DDPM's posterior
+    has."""
     sigma = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)) ** 0.5
     x = predict_next(x, eps, abar, abar_next, sigma)
     return x + sigma * fresh_noise() if sigma else x
@@ -328,9 +329,9 @@ def choose_sampler(name):
 def denoise(settings, x, frames, evaluate, anchor=None):
     """Algorithm 1, step 3: from noise x (..., C, H, W) for `frames` (...) to clean latents.
 
-    evaluate(i, x, t): the model's output at step i and timestep t. anchor: the slot to override, as
-    Algorithm 1 has it. (This changes nothing here: the rows' anchors start from the same noise, and
-    the model's output for them is the same in every step.)"""
+    evaluate(i, x, t): the model's output at step i and timestep t. anchor: the slot whose latents
+    become row 0's at the start and after every step. (This changes nothing: the rows' anchors start
+    from the same noise, and the model's output for them is the same.)"""
     take_step, history = choose_sampler(settings.sampler), {}
     alpha_bar = [*NoiseSchedule().alpha_bar.tolist(), 1.0]  # the last one, at -1: clean latents
 
@@ -371,7 +372,8 @@ def run_model(function, x, t, c, *rest):
 
 def sample_plain(model, x, frames, conditions, settings, anchor):
     """The paper's rule, the definition: all rows x (B, T, C, H, W) in one batch, so that memory
-    grows with the video. Tests use it so; `--method independent` is it with `anchor` None.
+    grows with the video. Tests use it so; `--method independent` is it, on some rows at a time,
+    with `anchor` None.
 
     Algorithm 1 overrides the model's output for the anchor, then takes a step. Here the model
     overrides in every layer, and the latents are overridden before the first and after every step.
@@ -387,7 +389,8 @@ def sample_first(model, x, frames, conditions, settings, anchor):
     """Row 0, x (1, T, C, H, W): its latents and the anchor bank.
 
     Row 0 is the same alone, and other rows read only the keys and values of its anchor (see
-    `sdit.AnchorBank`): bank[step][branch] is (depth, 2, 1, heads, N, d)."""
+    `sdit.AnchorBank`): bank[step][branch] is (depth, 2, 1, heads, N, d). Of an engine bank[step] is
+    one tensor."""
     bank = []
 
     def evaluate(i, x, t):
@@ -428,7 +431,7 @@ def sample_multidiffusion(model, x, conditions, settings, size):
         total = x.new_zeros(len(x), 2 * x.shape[1], *x.shape[2:])  # (M, 2C, H, W)
         for some in windows.split(size):
             outputs = [run_model(model, x[some], t, c[some]) for c in conditions]
-            output = guided(outputs, settings.guidance)  # (size, T, 2C, H, W)
+            output = guided(outputs, settings.guidance)  # (windows, T, 2C, H, W)
             total.index_add_(0, some.flatten(), output.flatten(0, 1))
         return total / counts
 
@@ -485,9 +488,9 @@ class Captured:
 def sample_video(model, conditions, settings, wanted=None, finished=None, share=(0, 1), plan=None):
     """{frame: latent (C, H, W) on the CPU} of a video of M frames, conditions (M, D).
 
-    wanted: frames to sample (default: all). finished: the mapping to fill; what it holds is not
-    sampled again, and several processes meet in it. share: (rank, processes). plan: rows with the
-    anchor in slot T // 2, in place of `plan_rows`'s."""
+    wanted: frames to sample (default: all). finished: the mapping to fill, in which several
+    processes meet; rows of which it holds all frames are not sampled again. share: (rank,
+    processes). plan: (rows, keep) with the anchor in slot T // 2, in place of `plan_rows`'s."""
     M = len(conditions[0])
     rank, processes = share
     finished = {} if finished is None else finished
@@ -499,8 +502,8 @@ def sample_video(model, conditions, settings, wanted=None, finished=None, share=
     rows, keep = plan or plan_rows(M, model.config.frames)
     kept = [row[k].tolist() for row, k in zip(rows, keep)]  # the frames that each row gives
 
-    # Choose the rows of this process that hold wanted frames which are not finished. Every process
-    # samples row 0 for itself: the anchor bank is neither sent nor kept on disk.
+    # Choose the rows of this process that hold wanted frames which are not finished. With
+    # an anchor each samples row 0 for itself: the bank is neither sent nor kept on disk.
     needed = [b for b in range(len(rows)) if wanted.intersection(kept[b])]
     mine = [b for b in needed[rank::processes] if not all(f in finished for f in kept[b])]
     to_sample = sorted({0, *mine}) if mine and settings.method == "anchored" else mine
@@ -998,7 +1001,7 @@ def reenact_pairs(path, models, options):
 def arguments(given=None):
     ap, number = data.Parser(__doc__), data.number
     add, whole = ap.add_argument, number(int, 0)
-    add("--source", type=Path, help="picture or video of a face (default: the bundled picture)")
+    add("--source", type=Path, help="picture or video of a face (default: bundled, if no --prompt)")
     add("--driving", type=Path, default=DRIVING, help="video or picture that gives the motion")
     add("--out", type=Path, default=Path("reenacted.mp4"), help="video, or for one frame .png")
     add("--pairs", type=Path, help="many jobs: CSV file with columns source,driving,out[,prompt]")

@@ -4,7 +4,7 @@
 
     SDiTConfig, make_config     the sizes, "XL/2" ... "demo"
     Attention, Block, Mapping   the building blocks
-    SDiT                        the denoiser (paper 3.1); `forward` overrides the anchor (paper 3.2)
+    SDiT                        the denoiser (paper 3.1); `forward` is anchored by `override` (3.2)
     NoiseSchedule               the diffusion process that it inverts
     AutoencoderKL               pixels <-> latents (the network of Stable Diffusion)
     save_model, load_model      safetensors files that carry their own configuration
@@ -157,21 +157,22 @@ class AnchorBank:
     one pass through the blocks. With `slot`, row 0 writes those of its anchor; without, other rows
     read `kv`, a tensor (2, 1, heads, N, d) for each layer.
 
-    Why that equals `override`: a row attends within itself, so row 0 is what it would be alone. In
-    other rows the anchor's tokens are row 0's in every layer. All but attention works token by
-    token, so these reach the others as keys and values alone, whose order does not matter."""
+    Why that equals `override`: a row attends within itself, so row 0 is what it would be alone.
+    Under `override`, the anchor's tokens of other rows are row 0's at the input of every layer. The
+    other tokens meet them in attention only, as keys and values, whose order does not matter."""
 
     def __init__(self, slot=None, kv=()):
         self.slot, self.written, self.unread = slot, [], iter(kv)
 
     def attend(self, q, k, v, N):
-        """Attention of rows (B, heads, TN, d) in the next layer."""
+        """Attention in the next layer, of rows (B, heads, TN, d); where they read, they have no
+        anchor of their own, and (T - 1) N tokens."""
         if self.slot is not None:
             tokens = slice(self.slot * N, (self.slot + 1) * N)
             self.written.append(torch.stack([k[:1, :, tokens], v[:1, :, tokens]]))
         else:
             kv = next(self.unread).expand(-1, k.shape[0], -1, -1, -1)  # (2, B, heads, N, d)
-            k, v = torch.cat([k, kv[0]], 2), torch.cat([v, kv[1]], 2)  # (B, heads, TN + N, d)
+            k, v = torch.cat([k, kv[0]], 2), torch.cat([v, kv[1]], 2)  # (B, heads, TN, d)
         return attend(q, k, v)
 
 
@@ -195,7 +196,7 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, T, N, D))  # from (B, heads, TN, d)
 
 
-class MLP(nn.Sequential):
+class MLP(nn.Sequential):  # applied in the order of assignment
     def __init__(self, width, hidden):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
@@ -292,15 +293,16 @@ class Mapping(nn.Module):
         self.register_buffer("scene_mean", torch.zeros(scene_width))
         self.register_buffer("scene_gain", torch.tensor(LANDMARK_COMPONENTS**0.5))
 
-        # Before training C_t varies by about 1, and the embedded timestep, to which it is added, by
-        # this much: 0.02 sqrt(96) from its first layer (96 of 128 frequencies pass a radian within
-        # 1000 steps), times 1 / 2 (SiLU's slope at 0), times 0.02 sqrt(D) from its second.
+        # Before training the blocks' output varies by about 1, and the embedded timestep, to which
+        # C_t is added, by this much: 0.02 sqrt(96) from its first layer (96 of 128 frequencies pass
+        # a radian within 1000 steps), times 1 / 2 (SiLU's slope at 0), times 0.02 sqrt(D) from its
+        # second.
         self.register_buffer("output_gain", torch.tensor(0.02**2 / 2 * math.sqrt(96 * width)))
 
     def forward(self, scene=None, landmarks=None, drop=None):
         """scene (B, S), landmarks (B, T, 478, 3), or None; `drop` (B,) bool: rows that lose both.
 
-        Returns the conditioning (B, T, D). Without landmarks T is 1, without both B is 1 too."""
+        Returns the conditioning (B, T, D). Without landmarks T is 1, and B without all three."""
         if scene is None:
             scene = self.null_scene[None]
         else:
@@ -403,7 +405,7 @@ class SDiT(nn.Module):
 
         The paper's network predicts the noise eps, as DiT does. With v-prediction (Salimans and Ho
         2022) it predicts v = sqrt(abar) eps - sqrt(1 - abar) x_0, and so eps is sqrt(1 - abar) x_t
-        + sqrt(abar) v: it need not copy x_t, which comes in here in float32."""
+        + sqrt(abar) v: the network need not copy x_t, which comes in here in float32."""
         if self.config.prediction == "epsilon":
             return output
 
@@ -417,11 +419,10 @@ class SDiT(nn.Module):
         """One denoising evaluation, and the definition of anchoring.
 
         latents (B, T, C, H, W), timesteps (B,) in 0..999, conditioning (B, T, D) from
-        `self.mapping`. With `anchor`, a slot, all rows have one timestep, and rows 1.. take row 0's
-        latents and conditioning in it; then its tokens, after the embedding and after every block
-        (Eq. 3; "in all layers throughout the model architecture"). Returns (B, T, 2C, H, W): the
-        noise, then the learned sigma's weight between two log-variances, in -1..1: see
-        `NoiseSchedule.log_variance` and `sample.ddpm`."""
+        `self.mapping`. With `anchor`, a slot, all rows have one timestep, and `override` gives rows
+        1.. what row 0 has in it: latents, conditioning, and tokens, after the embedding and after
+        every block (Eq. 3; "in all layers throughout the model architecture"). Returns (B, T, 2C,
+        H, W): the noise, then the learned sigma, `mix` of `NoiseSchedule.log_variance`."""
         time_position = self.time_position[: latents.shape[1]]  # (T, D)
         return self.run_blocks(
             latents, timesteps, conditioning, time_position, lambda x: override(x, anchor)
@@ -528,7 +529,7 @@ class AutoencoderConfig:
 
     @property
     def factor(self):
-        """Pixels a side for one latent."""
+        """h / H."""
         return 2 ** (len(self.widths) - 1)
 
     def is_possible(self):

@@ -170,7 +170,7 @@ class Objective(nn.Module):
 def sample_noise(seed, step, shape, p_drop, device="cpu"):
     """Of all rows of a step: timesteps (B,), uniform over 0..999; noise of `shape` (B, ...); drop
     (B,), true with probability `p_drop`. Seed, step and the kind of device decide them."""
-    g = torch.Generator(device).manual_seed(seed * 1_000_003 + step)  # unlike other seeds' steps
+    g = torch.Generator(device).manual_seed(seed * 1_000_003 + step)  # for fewer steps all differ
     of = dict(generator=g, device=device)
     t = torch.randint(NoiseSchedule.steps, shape[:1], **of)
     return t, torch.randn(shape, **of), torch.rand(shape[0], **of) < p_drop
@@ -225,8 +225,8 @@ def start_processes():
 
 
 def build_model(rows, size, frames, prediction="epsilon"):
-    """An untrained SDiT for a cache, with its latent shape, frozen models and statistics. By the
-    `scene_mean` in its configuration `load_state` knows the data again."""
+    """An untrained SDiT for a cache, with its latent shape, frozen models and statistics.
+    `load_state` recognises the data by the configuration's `scene_mean`."""
     settings = {name: rows.about[name] for name in data.SETTINGS}
     buffers = rows.statistics()
     settings["scene_mean"] = [round(x, 5) for x in buffers["scene_mean"].tolist()]
@@ -323,8 +323,8 @@ def load_batches(rows, a, start, passes, device):
 
 def train(a, rows):
     """Seed and step alone decide rows, noise and timesteps, on one kind of device. So the result
-    does not depend, but for rounding, on the number of processes, and a stopped run goes on
-    exactly."""
+    does not depend, but for rounding, on the number of processes, nor on stops (on a CPU to the
+    bit)."""
     device = start_processes()
     a.precision = a.precision or ("bf16" if sdit.has_bf16(device.type) else "fp32")
     a.shares = rows.shares.tolist() if len(rows.shares) > 1 else None
@@ -340,10 +340,10 @@ def train(a, rows):
     objective = build_objective(model, NoiseSchedule(device), a)
     run = Run(a, rows, networks, start, device)
 
-    # the rows of a step that this process works through, some at a time
-    count = a.batch // a.world // a.accumulate
-    first = a.rank * a.accumulate * count
-    passes = [slice(k, k + count) for k in range(first, first + a.accumulate * count, count)]
+    # the batch in world * accumulate parts: those of this process, in order
+    size = a.batch // (a.world * a.accumulate)
+    parts = range(a.rank * a.accumulate, (a.rank + 1) * a.accumulate)
+    passes = [slice(i * size, (i + 1) * size) for i in parts]
     batches = load_batches(rows, a, start, passes, device)
     shape = (a.batch, *rows[0]["latents"].shape)  # (B, T, C, H, W), of all processes
 
@@ -364,7 +364,7 @@ def train(a, rows):
                 ((error + bound).mean() / a.accumulate).backward()
                 run.meter.add(step + 1, t, error, bound)
 
-            optimizer.step()  # gradients are not clipped (DiT); `Run.decide` stops where not finite
+            optimizer.step()  # gradients are not clipped (DiT); `Run.decide` sees losses not finite
             update_ema(ema, model, step, a.ema)
             bar.update()
 
@@ -409,7 +409,7 @@ class Run:
         self.logged_step, self.saved_at = start, time.monotonic()
 
     def after(self, step):
-        """Log, save and preview where the flags say so, at a signal, and at the end."""
+        """Log, save and preview where the flags say so; log and save at a signal and at the end."""
         log, save = self.decide(step)
         preview = self.preview and step % self.a.preview == 0
         if log:
@@ -540,7 +540,7 @@ class Saver(ThreadPoolExecutor):
         return tree_map_only(torch.Tensor, lambda _: next(copies), state)
 
     def write(self, state, config):
-        """The model first: where the last state exists, so does its model."""
+        """The model first: a state is never newer than the model."""
         model, path = self.out / "model.safetensors", self.out / f"state-{state['step']:08d}.pt"
         sdit.write_tensors(model, state["ema"], dataclasses.asdict(config))
         with sdit.atomic(path) as temporary:
