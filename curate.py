@@ -703,7 +703,7 @@ def run_stage(stage, sources, a):
     speed = f"{len(todo) / seconds * 3600:,.0f} an hour, {frames / seconds:.0f} frames a second"
     print(f"{stage}: {len(todo)} videos, {speed}")
     for reason, n in counts.most_common():
-        print(f"  {n:6} {reason}")
+        print(f"  {n:6} x {reason}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -718,7 +718,7 @@ def save_histograms(path, values, lines):
     axes = figure.subplots(1, len(values), squeeze=False)
     for ax, title in zip(axes[0], values):
         ax.hist(values[title], 30)
-        ax.set(title=title)
+        ax.set(title=title, ylabel="count")
         if title in lines:
             ax.axvline(lines[title], linestyle="--", color="black")
     figure.savefig(path, dpi=120, bbox_inches="tight")
@@ -770,11 +770,11 @@ def stats(a):
 
     duration = [(c["end"] - c["start"]) / float(Fraction(c["fps"])) for c in clips]
     rows = [  # and the paper's mean and standard deviation
-        ("duration", duration, 3.29, 2.07),
+        ("duration, seconds", duration, 3.29, 2.07),
         ("hyperiqa", [c["hyperiqa"] for c in clips if "hyperiqa" in c], 51.5, 10.72),
-        ("resolution", [c["square"][2] for c in clips], 745.1, 247.8),
-        ("face width", [c["face"][0] for c in clips], 0.45, 0.05),
-        ("face height", [c["face"][1] for c in clips], 0.53, 0.07),
+        ("resolution, pixels", [c["square"][2] for c in clips], 745.1, 247.8),
+        ("face width / crop", [c["face"][0] for c in clips], 0.45, 0.05),
+        ("face height / crop", [c["face"][1] for c in clips], 0.53, 0.07),
     ]
     rows = [row for row in rows if row[1]]
     save_histograms(a.out / "stats.png", {title: values for title, values, *_ in rows}, {})

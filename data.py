@@ -693,10 +693,20 @@ Image.init()
 FORMATS = {"JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "HEIF"} & set(Image.OPEN)
 
 
+def must_be_file(path):
+    """UserError where there is nothing to read at a path."""
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder; name a file in it")
+    if not Path(path).is_file():
+        cure = "; download it first" if str(path).startswith(("http:", "https:")) else ""
+        raise UserError(f"no such file: {path}{cure}")
+    if not os.path.getsize(path):
+        raise UserError(f"{path} is empty")
+
+
 def open_video(path):
     """An open PyAV container with a video stream."""
-    if not Path(path).is_file():
-        raise UserError(f"no such file: {path}")
+    must_be_file(path)
     try:
         container = av.open(f"file:{path}", metadata_errors="replace")  # 12:30.mp4: no protocol
     except av.FFmpegError as e:
@@ -922,8 +932,7 @@ def read_picture(path):
 
 def read_pictures(path):
     """Yield (picture (h, w, 3) uint8, seconds shown): one, or those of an animation."""
-    if not Path(path).is_file():
-        raise UserError(f"no such file: {path}")
+    must_be_file(path)
     try:
         with Image.open(path, formats=sorted(FORMATS)) as image:
             moves = image.format in ("GIF", "PNG", "WEBP", "AVIF")  # others hold thumbnails, pages

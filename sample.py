@@ -792,7 +792,7 @@ def read_faces(asked, models, driving):
     choices = (asked.driving, track.faces, number), (asked.source, faces, source_number)
     for path, count, taken in choices:
         if count > 1:
-            print_once(f"{path} shows {count} faces; number {taken} by size is taken (--face)")
+            print_once(f"{path} shows {count} faces; --face {taken} is taken (0: the largest)")
     if missed := int((~track.found).sum()):
         where = f"{missed} of {len(driving)} frames of {asked.driving}"
         print_once(f"no face found in {where}; their landmarks are interpolated")
@@ -923,7 +923,7 @@ def read_pairs(path):
     columns = set(lines[0]) if lines and "\0" not in text else set()
     if not {"driving", "out"} <= columns or not {"source", "prompt"} & columns:
         columns = "source,driving,out[,prompt]"
-        raise UserError(f"{path} has no lines under the columns {columns}, as a CSV file")
+        raise UserError(f"{path}: a CSV file is needed, with the line {columns} and jobs below it")
     return lines
 
 

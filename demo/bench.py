@@ -115,8 +115,9 @@ def report(model, a, device, seconds, memory, missing, repeat):
         peak = memory.get((backend, "packed")) or 0
         cells.append(f"{peak:,.0f} MiB" if peak else "-")
         print(f"| {backend} | {' | '.join(cells)} |")
-    for (backend, form), why in missing.items():
-        print(f"no {backend} {form}: {why}")
+    for why in dict.fromkeys(missing.values()):
+        names = ", ".join(" ".join(key) for key, reason in missing.items() if reason == why)
+        print(f"no {names}: {why}")
 
     about = dict(
         model=config.name,

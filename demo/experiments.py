@@ -154,9 +154,10 @@ def random_pairs(a):
         what, folder = ("pictures", a.folders[1]) if clips else ("videos", a.folders[0])
         raise UserError(f"no {what} in {folder}")
 
-    rng, lines = np.random.default_rng(a.seed), []
+    rng, lines, left = np.random.default_rng(a.seed), [], []
     for i, j in enumerate(rng.permutation(len(clips))[: a.n]):
-        picture = pictures[rng.integers(len(pictures))].resolve()
+        left = left or rng.permutation(len(pictures)).tolist()  # none again before all were taken
+        picture = pictures[left.pop()].resolve()
         out = f"out/{i:05d}-{clips[j].stem}.mp4"
         lines.append(dict(source=picture, driving=clips[j].resolve(), out=out))
     if len(lines) < (a.n or 0):

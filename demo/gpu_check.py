@@ -321,7 +321,7 @@ def write(bench):
 def arguments():
     count, minutes = data.number(int, 1), data.number(float, 0)
     ap = data.Parser(__doc__)
-    ap.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
+    ap.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU)")
     ap.add_argument("--size", default="XL/2", help="model size")
     rows = "rows of a training step (default: 16 from 70 GiB on, else 4; on a CPU 1)"
     ap.add_argument("--rows", type=count, help=rows)
@@ -334,7 +334,9 @@ def arguments():
     ap.add_argument("--out", type=Path, default=Path("gpu_check"), help="OUT.json, OUT.md")
     a = ap.parse_args()
 
-    a.device = data.get_device(a.device)
+    given, a.device = a.device, data.get_device(a.device)
+    if not given and a.device.type == "cpu":
+        raise sdit.UserError("no GPU here; for a rehearsal give --device cpu --size S/2")
     rows, videos, steps = 1, [9], [1]
     if a.device.type == "cuda":
         memory = torch.cuda.get_device_properties(a.device).total_memory / 2**30

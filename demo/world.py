@@ -1271,6 +1271,7 @@ def main():
         video, captions[name], _, _ = sample_clip(a.seed + i, a.frames, a.size, a.fps)
         imageio.imwrite(a.out / name, video, fps=a.fps, codec="libx264", plugin="pyav")
     (a.out / "captions.json").write_text(json.dumps(captions, indent=1))
+    print(f"{a.clips} clips in {a.out}")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def test_rotation_is_applied(tmp_path):
 
 
 def test_what_is_not_a_video(tmp_path):
-    for name, content, message in (("text.mp4", b"hello" * 100, "not a video"), ("empty.mp4", b"", "not a video")):
+    for name, content, message in (("text.mp4", b"hello" * 100, "not a video"), ("empty.mp4", b"", "is empty")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(sdit.UserError, match=message):
             data.Video(tmp_path / name)

@@ -148,7 +148,7 @@ def test_columns_rest_on_the_same_clips():
         evaluate.measured_by_all({"a": dict(x=1), "b": {}})
 
 
-@pytest.mark.parametrize("text, reason", [("source,driving,out\n", "has no lines"), ("source,driving,out\na,b,c.mp4\nd,e,c.mp4\n", "names one result twice"),
+@pytest.mark.parametrize("text, reason", [("source,driving,out\n", "and jobs below it"), ("source,driving,out\na,b,c.mp4\nd,e,c.mp4\n", "names one result twice"),
                                           ("source,driving,out\na,b,\n", "cannot read the table"), ("a,b\n1,2\n", "cannot read the table")])
 def test_bad_tables(text, reason, tmp_path):
     (tmp_path / "pairs.csv").write_text(text)

@@ -6,6 +6,7 @@ import torch
 
 import data
 import gpu_check
+from sdit import UserError
 
 PARTS = "environment", "equality", "training", "engines", "sampling"
 
@@ -32,3 +33,10 @@ def test_parts_on_a_gpu(name, number, monkeypatch, tmp_path):
     trainings = 4 * ["peak", "training"]                                        # T = 4 and 8, eager and compiled
     assert done == [number, "peak", "environment", "peak", "equality", *trainings, "peak", "engines", "peak", "sampling"]
     assert "| engines | all | failed RuntimeError: no such engine |" in (tmp_path / "x.md").read_text()
+
+
+def test_without_a_gpu_it_says_what_to_give(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["gpu_check.py"])
+    monkeypatch.setattr(data, "get_device", lambda name: torch.device(name or "cpu"))
+    with pytest.raises(UserError, match="for a rehearsal give --device cpu"):
+        gpu_check.main()

@@ -316,13 +316,16 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, clip, monkeypatc
     write_video(tmp_path / "face.mp4", clip[0][:2])
     (tmp_path / "text.mp4").write_text("no video")
     (tmp_path / "out.mp4").write_text("older")
+    (tmp_path / "nothing.mp4").touch()
+    (tmp_path / "folder").mkdir()
     before = sorted(tmp_path.iterdir())
     monkeypatch.chdir(tmp_path)
     for args, message in ((["--source", "none.png"], "no such file: none.png"), (["--source", "empty.mp4"], "no face found in empty.mp4"),
                           (["--driving", "text.mp4"], "text.mp4 is not a video"), (["--driving", "empty.mp4"], "no face found in empty.mp4"),
                           (["--model", "text.mp4"], "text.mp4 is not a whole file of weights"), (["--steps", "0"], "--steps 0"),
                           (["--only", "99:", "--driving", "face.mp4"], "none of the 2 frames"), (["--out", "x.nonsense"], "cannot write x.nonsense"),
-                          (["--driving", "face.mp4", "--out", "face.mp4"], "is also an input")):
+                          (["--driving", "face.mp4", "--out", "face.mp4"], "is also an input"), (["--driving", "nothing.mp4"], "nothing.mp4 is empty"),
+                          (["--source", "folder"], "folder is a folder; name a file in it"), (["--driving", "https://x/y.mp4"], "y.mp4; download it first")):
         monkeypatch.setattr("sys.argv", ["sample.py", "--out", "out.mp4", *args])
         with pytest.raises(SystemExit) as leave:
             data.run_main(sample.main)
@@ -413,7 +416,7 @@ def test_pairs_with_text_faces_and_bad_lines(world, tmp_path, clip, monkeypatch,
         data.run_main(sample.main)
     shown = capsys.readouterr()
     assert leave.value.code == 1                                                # some were written
-    assert "line 3: no such file" in shown.err and "line 6: source is missing" in shown.err and "3 of 5 are there" in shown.out and "driving.mp4 shows 2 faces; number 0 by size" in shown.out
+    assert "line 3: no such file" in shown.err and "line 6: source is missing" in shown.err and "3 of 5 are there" in shown.out and "driving.mp4 shows 2 faces; --face 0 is taken" in shown.out
     made = [frames_of(tmp_path / name) for name in ("made/a.mp4", "c.mp4", "d.mp4")]
     assert all(abs(made[i] - made[j]).mean() > 1 for i, j in ((0, 1), (0, 2), (1, 2)))      # picture, sentence, both
     options = dict(driving=tmp_path / "driving.mp4", source=tmp_path / "source.png", model=sample.load_models(), steps=1, only="0:4")
