@@ -256,7 +256,10 @@ def test_hyperiqa_is_read_from_a_file(tmp_path, monkeypatch):
     assert quality == evaluate.hyperiqa(net, image[None]) and np.isfinite(quality)
 
 
-def test_report_and_pairs(small_world, tmp_path):
+def test_report_and_pairs(small_world, tmp_path, capsys):
+    assert run(tmp_path, "pairs", small_world / "world" / "clips", small_world / "world" / "pictures", "--n", 9)[0] == 0
+    assert "--n 9 is more than there are" in capsys.readouterr().out
+    assert len({files.source for files in evaluate.read_pairs(tmp_path / "pairs.csv").values()}) == 3       # each picture once before one comes again
     code, _ = run(tmp_path, "pairs", small_world / "world" / "clips", small_world / "world" / "pictures", "--n", 2)
     assert code == 0 and len(evaluate.read_pairs(tmp_path / "pairs.csv")) == 2
     assert all(Path(p).exists() for files in evaluate.read_pairs(tmp_path / "pairs.csv").values() for p in (files.driving, files.source))
